@@ -1,0 +1,93 @@
+"""Every error kinflow raises on purpose, and the code it travels under on the wire.
+
+    KinflowError
+    ├── InputError           the app's input is not what the bundle's manifest asks for
+    ├── SettingsError        a settings file or a flag is wrong
+    ├── BundleError          a bundle is corrupt, foreign or incomplete
+    ├── BackendError         a runtime is missing, or a graph failed in it
+    ├── FrameError           bytes that are not a kinflow frame
+    ├── CodecError           coded features that do not decode
+    ├── FamilyMismatch       family, version, split or codec differ between the two sides
+    ├── BrokerError          no MQTT broker could be started or reached
+    └── LinkError            nothing came back
+        ├── LinkLost         there is no connection, or it broke
+        ├── LinkTimeout      no reply before the deadline
+        ├── ServerBusy       the server's queue would miss the deadline
+        └── ServerFailed     the server answered with a failure
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KinflowError(Exception):
+    """Base of all; `code` is what a Failure message carries."""
+
+    code: ClassVar[str] = "internal"
+
+
+class InputError(KinflowError):
+    code = "input"
+
+
+class SettingsError(KinflowError):
+    code = "settings"
+
+
+class BundleError(KinflowError):
+    code = "bundle"
+
+
+class BackendError(KinflowError):
+    code = "backend"
+
+
+class FrameError(KinflowError):
+    code = "frame"
+
+
+class CodecError(KinflowError):
+    code = "codec"
+
+
+class FamilyMismatch(KinflowError):  # noqa: N818 - it names what happened
+    code = "mismatch"
+
+
+class BrokerError(KinflowError):
+    code = "broker"
+
+
+class LinkError(KinflowError):
+    code = "link"
+
+
+class LinkLost(LinkError):
+    code = "lost"
+
+
+class LinkTimeout(LinkError):
+    code = "timeout"
+
+
+class ServerBusy(LinkError):
+    """`queue_ms` is how long the server says its queue is."""
+
+    code = "busy"
+
+    def __init__(self, node: str, queue_ms: float) -> None:
+        super().__init__(f"{node} is busy: its queue is {queue_ms:.0f} ms long")
+        self.node = node
+        self.queue_ms = queue_ms
+
+
+class ServerFailed(LinkError):
+    """`failure_code` is the `code` of the error on the server."""
+
+    code = "failed"
+
+    def __init__(self, node: str, failure_code: str, message: str) -> None:
+        super().__init__(f"{node} answered {failure_code!r}: {message}")
+        self.node = node
+        self.failure_code = failure_code

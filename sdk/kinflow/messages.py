@@ -1,0 +1,101 @@
+"""The dataclasses that travel: what stands in a frame's header (docs/protocol.md tells the same in prose).
+
+Keys on the wire are the field names; unknown keys are ignored, so that a later minor version may add some.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+import msgspec
+
+Tier = Literal["device", "edge", "cloud"]
+RequestId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Topic = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^+#\x00]+$")]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Hop(msgspec.Struct, frozen=True):
+    """What one server spent on a request, in milliseconds, and the bytes it sent further up."""
+
+    node: Name
+    tier: Tier
+    queue_ms: NonNegative
+    compute_ms: NonNegative
+    total_ms: NonNegative
+    bytes_up: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+    """Continue this computation. The payload holds the features, coded by `codec`."""
+
+    id: RequestId
+    reply_to: Topic
+    family: Name
+    version: Name
+    split: Name
+    codec: Name
+    deadline_ms: NonNegative
+    """What is left of the deadline when this was sent: clocks need not agree."""
+
+
+class Reply(msgspec.Struct, frozen=True, tag="reply", tag_field="type"):
+    """The answer of one exit. The payload is empty."""
+
+    id: RequestId
+    label: Annotated[int, msgspec.Meta(ge=0)]
+    confidence: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    tier: Tier
+    exit: Name
+    degraded: bool = False
+    """True when this tier wanted to escalate and could not; `reason` says why."""
+    reason: Text = ""
+    hops: list[Hop] = []
+    """The servers that worked on it, nearest first."""
+
+
+class Busy(msgspec.Struct, frozen=True, tag="busy", tag_field="type"):
+    """The queue would miss the deadline: answer locally, now."""
+
+    id: RequestId
+    node: Name
+    queue_ms: NonNegative
+
+
+class Failure(msgspec.Struct, frozen=True, tag="failure", tag_field="type"):
+    """The request could not be served; `code` is one of errors.py's."""
+
+    id: RequestId
+    node: Name
+    code: Annotated[str, msgspec.Meta(max_length=32)]
+    message: Text
+
+
+class Served(msgspec.Struct, frozen=True):
+    """One family that a node serves: the splits it takes and the codecs it can decode there."""
+
+    family: Name
+    version: Name
+    splits: dict[Name, list[Name]]
+
+
+class NodeStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
+    """Retained by every server on its status topic; its last will says `offline`."""
+
+    node: Name
+    tier: Tier
+    state: Literal["ready", "offline"]
+    software: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    families: list[Served] = []
+    queue_ms: NonNegative = 0.0
+    """How long a request that came now would wait."""
+    load: NonNegative = 0.0
+    """Share of the last second that the worker spent computing, 0 to 1."""
+    served: int = 0
+    rejected: int = 0
+    """Requests since the start: answered by an exit, and refused (Busy or Failure)."""
+
+
+Message = Union[Request, Reply, Busy, Failure, NodeStatus]

@@ -1,0 +1,34 @@
+"""The only place with topic strings.
+
+    kinflow/v1/<tier>/<family>/<split>/req    a request for any server of that tier
+    kinflow/v1/reply/<client id>              one client's replies
+    kinflow/v1/node/<node id>/status          retained, last will "offline"
+
+The tier stands in the topic because edge and cloud servers may share one broker: with the tier only in
+the name of the shared subscription, both groups would take every request (docs/decisions/0001-tier-in-topic.md).
+"""
+
+from __future__ import annotations
+
+from kinflow.messages import Tier
+
+ROOT = "kinflow/v1"
+ALL_STATUS = f"{ROOT}/node/+/status"
+
+
+def request(tier: Tier, family: str, split: str) -> str:
+    """Where a request goes that any server of `tier` may take."""
+    return f"{ROOT}/{tier}/{family}/{split}/req"
+
+
+def shared_requests(tier: Tier, family: str, split: str) -> str:
+    """What a server subscribes to: the broker gives each request to one server of the group."""
+    return f"$share/{tier}/{request(tier, family, split)}"
+
+
+def reply(client_id: str) -> str:
+    return f"{ROOT}/reply/{client_id}"
+
+
+def status(node: str) -> str:
+    return f"{ROOT}/node/{node}/status"
