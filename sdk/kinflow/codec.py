@@ -1,0 +1,195 @@
+"""Features <-> bytes: a uniform quantiser per channel, then range coding with tables that the bundle ships.
+
+A value becomes a level, `clip(round(x / step) + zero)`, of 8 or 4 bits; two neighbouring 4-bit levels make one
+byte, so that their correlation is coded too. The bytes of a channel are coded by rANS (Duda, arXiv 1311.2540)
+with that channel's fixed table. The coder's state is one Python integer per block, never renormalised: no
+state is flushed, so the coded size is the ideal one to within a byte and a length per block. Everything from
+the bytes back to the levels is integer arithmetic, and `(level - zero) * step` is one float32 product, so all
+machines decode the same features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kinflow.errors import CodecError
+from kinflow.manifest import Codec as CodecSpec
+
+TABLE_BITS = 14
+SYMBOLS = 256
+_TOTAL = 1 << TABLE_BITS
+_MASK = _TOTAL - 1
+# A block's integer grows by its own coded size: past some hundred bytes the growing costs more than a new block.
+BLOCK_SYMBOLS = 512
+
+Features = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class UniformRansCodec:
+    """Codes features of `shape` [channels, height, width].
+
+    `step` and `zero` have one entry per channel, `frequencies` is uint16 [channels, 256], each row
+    summing to 2**14. Made by `UniformRansCodec.from_spec`, which checks all of it.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    bits: int
+    step: Features
+    zero: npt.NDArray[np.int32]
+    frequencies: npt.NDArray[np.uint16]
+
+    @classmethod
+    def from_spec(cls, name: str, shape: tuple[int, int, int], spec: CodecSpec, table: bytes) -> UniformRansCodec:
+        """Raises CodecError when the table and the numbers do not fit the split's shape."""
+        channels = shape[0]
+        if len(spec.step) != channels or len(spec.zero) != channels:
+            raise CodecError(
+                f"codec {name!r}: step and zero need {channels} entries, have {len(spec.step)} and {len(spec.zero)}"
+            )
+        if spec.bits == 4 and math.prod(shape[1:]) % 2:
+            raise CodecError(f"codec {name!r}: 4-bit coding pairs neighbours, so {shape[1:]} must hold an even number")
+        if len(table) != channels * SYMBOLS * 2:
+            raise CodecError(f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}")
+        frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
+        if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
+            raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")
+        step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
+        zero = np.asarray(spec.zero, np.int32).reshape(-1, 1, 1)
+        return cls(name, shape, spec.bits, step, zero, frequencies)
+
+    def quantise(self, features: Features) -> npt.NDArray[np.uint8]:
+        """Levels, uint8, in the shape of the features."""
+        levels = np.rint(features / self.step)
+        levels += self.zero
+        return np.clip(levels, 0, (1 << self.bits) - 1).astype(np.uint8)
+
+    def dequantise(self, levels: npt.NDArray[np.uint8]) -> Features:
+        """The features that `levels` stand for, float32."""
+        return (levels.astype(np.int32) - self.zero).astype(np.float32) * self.step
+
+    def encode(self, features: Features) -> bytes:
+        """Coded bytes of one item. Raises CodecError on another shape or values that are not finite."""
+        if features.shape != self.shape:
+            raise CodecError(f"codec {self.name!r} takes features of {self.shape}, got {features.shape}")
+        if not np.isfinite(features).all():
+            raise CodecError(f"codec {self.name!r}: the features hold NaN or infinity")
+        symbols = self._to_symbols(self.quantise(features)).astype(np.intp)
+        index = self._row_starts + symbols
+        return _encode_blocks(
+            self.frequencies.ravel()[index].tolist(),
+            self._cumulative.ravel()[index].tolist(),
+        )
+
+    def decode(self, data: bytes) -> Features:
+        """Features of one item, float32. Raises CodecError when `data` is not what `encode` made."""
+        symbols = _decode_blocks(data, self._rows, self._lookup)
+        return self.dequantise(self._to_levels(np.asarray(symbols, np.uint8)))
+
+    @property
+    def symbols_per_item(self) -> int:
+        return math.prod(self.shape) * self.bits // 8
+
+    def _to_symbols(self, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        flat = levels.reshape(-1)
+        return flat if self.bits == 8 else flat[0::2] << 4 | flat[1::2]
+
+    def _to_levels(self, symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        if self.bits == 4:
+            symbols = np.stack((symbols >> 4, symbols & 15), axis=1)
+        return symbols.reshape(self.shape)
+
+    @cached_property
+    def _cumulative(self) -> npt.NDArray[np.int64]:
+        totals = np.cumsum(self.frequencies, axis=1, dtype=np.int64)
+        return totals - self.frequencies
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        """The channel of each symbol."""
+        return [int(row) for row in np.repeat(np.arange(self.shape[0]), self.symbols_per_item // self.shape[0])]
+
+    @cached_property
+    def _row_starts(self) -> npt.NDArray[np.intp]:
+        return np.asarray(self._rows, np.intp) * SYMBOLS
+
+    @cached_property
+    def _lookup(self) -> list[_Row]:
+        rows = []
+        for frequencies, starts in zip(self.frequencies, self._cumulative):
+            slots = np.repeat(np.arange(SYMBOLS, dtype=np.uint8), frequencies).tobytes()
+            rows.append(_Row(slots, frequencies.tolist(), starts.tolist()))
+        return rows
+
+
+class _Row(NamedTuple):
+    """One channel's table as the decoder wants it."""
+
+    slots: bytes
+    """The symbol of each of the 2**14 slots."""
+    frequencies: list[int]
+    starts: list[int]
+
+
+def table_from_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
+    """Frequencies uint16 [channels, 256] from symbol counts of the same shape: positive, each row 2**14.
+
+    Every symbol gets at least 1, so that anything can be coded; the rest is shared in proportion, and what
+    rounding leaves goes to the most frequent symbol.
+    """
+    spare = _TOTAL - SYMBOLS
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    frequencies = 1 + counts * spare // totals
+    rows = np.arange(len(frequencies))
+    frequencies[rows, counts.argmax(axis=1)] += _TOTAL - frequencies.sum(axis=1)
+    return frequencies.astype(np.uint16)
+
+
+def _encode_blocks(frequencies: list[int], starts: list[int]) -> bytes:
+    """Each block: u16 length, then the state's little-endian bytes. Symbols go in last first (rANS is a stack)."""
+    parts = []
+    for begin in range(0, len(frequencies), BLOCK_SYMBOLS):
+        state = 0
+        block = slice(begin, begin + BLOCK_SYMBOLS)
+        for frequency, start in zip(reversed(frequencies[block]), reversed(starts[block])):
+            quotient, remainder = divmod(state, frequency)
+            state = (quotient << TABLE_BITS) + remainder + start
+        coded = state.to_bytes((state.bit_length() + 7) // 8, "little")
+        parts.append(len(coded).to_bytes(2, "little"))
+        parts.append(coded)
+    return b"".join(parts)
+
+
+def _decode_blocks(data: bytes, rows: list[int], lookup: list[_Row]) -> list[int]:
+    """`rows` has the channel of each symbol. A block must be used up exactly: its state ends at 0."""
+    symbols: list[int] = []
+    append = symbols.append
+    position = 0
+    for begin in range(0, len(rows), BLOCK_SYMBOLS):
+        length = int.from_bytes(data[position : position + 2], "little")
+        position += 2
+        if position + length > len(data):
+            raise CodecError(f"coded features end in the middle of a block: {len(data)} bytes")
+        # No valid block is longer: each symbol adds at most TABLE_BITS bits.
+        if length * 8 > BLOCK_SYMBOLS * TABLE_BITS + 8:
+            raise CodecError(f"a block of {length} bytes is longer than any block can be")
+        state = int.from_bytes(data[position : position + length], "little")
+        position += length
+        for row in rows[begin : begin + BLOCK_SYMBOLS]:
+            slots, frequencies, starts = lookup[row]
+            slot = state & _MASK
+            symbol = slots[slot]
+            state = frequencies[symbol] * (state >> TABLE_BITS) + slot - starts[symbol]
+            append(symbol)
+        if state:
+            raise CodecError("coded features do not decode: a block holds more than its symbols")
+    if position != len(data):
+        raise CodecError(f"coded features have {len(data) - position} bytes too many")
+    return symbols

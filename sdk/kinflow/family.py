@@ -1,0 +1,273 @@
+"""Reads and verifies a bundle: Family holds what `family.json` says, Member runs one size of it.
+
+Everything is checked before the first graph is opened: the manifest's types, its references, every file's
+size and sha256. Graphs are opened from the verified bytes, so a file cannot change in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kinflow import backends
+from kinflow.codec import UniformRansCodec
+from kinflow.errors import BundleError, CodecError, FamilyMismatch
+from kinflow.manifest import BackendName, File, Manifest, Preprocess
+
+MANIFEST = "family.json"
+INPUT = "input"
+MAX_MANIFEST_BYTES = 1 << 20
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A verified bundle. `Family.load` is the way to make one."""
+
+    path: Path
+    manifest: Manifest
+    files: dict[str, bytes]
+    """Verified contents by path."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Family:
+        """From a folder or a .zip. Raises BundleError that names the field or file and what was expected."""
+        root = Path(path)
+        reader = _open_reader(root)
+        try:
+            raw = reader.read(MANIFEST, MAX_MANIFEST_BYTES)
+            try:
+                manifest = msgspec.json.decode(raw, type=Manifest)
+            except msgspec.DecodeError as exc:
+                raise BundleError(f"{root}/{MANIFEST}: {exc}") from exc
+            _check_references(root, manifest)
+            files = {file.path: _read_verified(reader, root, file) for file in manifest.files()}
+        finally:
+            reader.close()
+        family = cls(root, manifest, files)
+        for split in manifest.splits:
+            for codec in manifest.splits[split].codecs:
+                family.codec(split, codec)
+        return family
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    @property
+    def labels(self) -> list[str]:
+        return self.manifest.labels
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.manifest.preprocess
+
+    def codec(self, split: str, name: str = "") -> UniformRansCodec:
+        """The codec called `name` at `split`, the split's default one without a name. Raises FamilyMismatch."""
+        spec = self.manifest.splits.get(split)
+        if spec is None:
+            raise FamilyMismatch(f"{self.id} has the splits {_names(self.manifest.splits)}, asked for {split!r}")
+        name = name or spec.default_codec
+        codec = spec.codecs.get(name)
+        if codec is None:
+            raise FamilyMismatch(f"split {split!r} of {self.id} has the codecs {_names(spec.codecs)}, got {name!r}")
+        channels, height, width = spec.shape
+        try:
+            return UniformRansCodec.from_spec(name, (channels, height, width), codec, self.files[codec.table.path])
+        except CodecError as exc:
+            raise BundleError(f"{self.path}: {exc}") from exc
+
+    def member(
+        self, name: str, *, backend: BackendName = "onnx", source: str = INPUT, threads: int = 1
+    ) -> Member:
+        """Open the part of a member that begins at `source` (the input or a split).
+
+        Raises FamilyMismatch for an unknown member or source, BackendError when the runtime is not there.
+        """
+        spec = self.manifest.members.get(name)
+        if spec is None:
+            raise FamilyMismatch(f"{self.id} has the members {_names(self.manifest.members)}, asked for {name!r}")
+        sources = [self.manifest.segments[segment].source for segment in spec.segments]
+        if source not in sources:
+            raise FamilyMismatch(f"member {name!r} of {self.id} can begin at {_names(sources)}, asked for {source!r}")
+        opened = []
+        for segment in spec.segments[sources.index(source) :]:
+            opened.append(self._open_segment(segment, backend, threads))
+        return Member(name, source, tuple(opened))
+
+    def _open_segment(self, name: str, backend: BackendName, threads: int) -> Segment:
+        spec = self.manifest.segments[name]
+        graph = spec.graphs.get(backend)
+        if graph is None:
+            raise FamilyMismatch(
+                f"segment {name!r} of {self.id} has graphs for {_names(spec.graphs)}, asked for {backend!r}"
+            )
+        return Segment(
+            name,
+            spec.split,
+            spec.exit,
+            backends.open_graph(backend, self.files[graph.file.path], graph, threads),
+        )
+
+
+class Output(NamedTuple):
+    """What a member computed for a batch. Arrays are float32 with the batch axis first."""
+
+    features: Array | None
+    """Features at `split`; None when the member ends with its exit."""
+    split: str | None
+    logits: Array
+    """[batch, classes]"""
+    exit: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One opened graph."""
+
+    name: str
+    split: str | None
+    exit: str | None
+    runner: backends.Runner
+
+
+@dataclass(frozen=True)
+class Member:
+    """One size of the family, opened from `source` on."""
+
+    name: str
+    source: str
+    segments: tuple[Segment, ...]
+
+    def run(self, batch: Array) -> Output:
+        """`batch`: the input, or features at `source`: float32 [n, …]. Raises BackendError."""
+        features: Array | None = batch
+        logits: Array | None = None
+        for segment in self.segments:
+            assert features is not None  # _check_references: only the last segment may end without a split
+            outputs = segment.runner.run(features)
+            features = outputs[0] if segment.split is not None else None
+            logits = outputs[-1] if segment.exit is not None else None
+        last = self.segments[-1]
+        assert logits is not None  # _check_references: a member ends at an exit
+        assert last.exit is not None
+        return Output(features, last.split, logits, last.exit)
+
+
+class _FolderReader:
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+
+    def read(self, name: str, limit: int) -> bytes:
+        path = (self._root / name).resolve()
+        if not path.is_relative_to(self._root):
+            raise BundleError(f"{self._root}: the file {name!r} is outside the bundle")
+        try:
+            if path.stat().st_size > limit:
+                raise BundleError(f"{path} has {path.stat().st_size} bytes, at most {limit} are expected")
+            return path.read_bytes()
+        except OSError as exc:
+            raise BundleError(f"{path}: {exc.strerror}: is this the folder of a bundle?") from exc
+
+    def close(self) -> None:
+        pass
+
+
+class _ZipReader:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        try:
+            self._zip = zipfile.ZipFile(root)
+        except (OSError, zipfile.BadZipFile) as exc:
+            raise BundleError(f"{root} is neither the folder of a bundle nor a .zip of one: {exc}") from exc
+
+    def read(self, name: str, limit: int) -> bytes:
+        try:
+            with self._zip.open(name) as stream:
+                data = stream.read(limit + 1)
+        except (KeyError, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as exc:
+            raise BundleError(f"{self._root}: cannot read {name!r}: {exc}") from exc
+        if len(data) > limit:
+            raise BundleError(f"{self._root}: {name!r} has more than the {limit} bytes expected")
+        return data
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+def _open_reader(root: Path) -> _FolderReader | _ZipReader:
+    if not root.exists():
+        raise BundleError(f"{root} does not exist: give the folder or the .zip of a bundle")
+    return _FolderReader(root) if root.is_dir() else _ZipReader(root)
+
+
+def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -> bytes:
+    parts = PurePosixPath(file.path)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in file.path:
+        raise BundleError(f"{root}: the file {file.path!r} is outside the bundle")
+    data = reader.read(file.path, file.bytes)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != file.sha256:
+        raise BundleError(
+            f"{root}: {file.path} has sha256 {digest[:12]}…, the manifest says {file.sha256[:12]}…: fetch it again"
+        )
+    return data
+
+
+def _names(names: object) -> str:
+    return ", ".join(repr(name) for name in names) or "none"  # type: ignore[attr-defined]
+
+
+def _check_references(root: Path, manifest: Manifest) -> None:
+    """Names that point nowhere, members that do not chain, shapes that do not meet."""
+
+    def fail(what: str) -> None:
+        raise BundleError(f"{root}/{MANIFEST}: {what}")
+
+    channels = {"L": 1, "RGB": 3}[manifest.preprocess.mode]
+    if len(manifest.preprocess.mean) != channels or len(manifest.preprocess.std) != channels:
+        fail(f"preprocess.mean and preprocess.std need {channels} entries for mode {manifest.preprocess.mode}")
+    shapes = {INPUT: [channels, manifest.preprocess.height, manifest.preprocess.width]}
+    for name, split in manifest.splits.items():
+        shapes[name] = split.shape
+        if split.default_codec not in split.codecs:
+            fail(f"splits.{name}.default_codec is {split.default_codec!r}, the codecs are {_names(split.codecs)}")
+    for name, segment in manifest.segments.items():
+        where = f"segments.{name}"
+        if segment.source not in shapes:
+            fail(f"{where}.source is {segment.source!r}, known are {_names(shapes)}")
+        if segment.split is not None and segment.split not in manifest.splits:
+            fail(f"{where}.split is {segment.split!r}, the splits are {_names(manifest.splits)}")
+        if segment.exit is not None and segment.exit not in manifest.exits:
+            fail(f"{where}.exit is {segment.exit!r}, the exits are {_names(manifest.exits)}")
+        expected = [shapes[segment.split]] if segment.split is not None else []
+        expected += [[len(manifest.labels)]] if segment.exit is not None else []
+        for backend, graph in segment.graphs.items():
+            if graph.input.shape != shapes[segment.source]:
+                fail(f"{where}.graphs.{backend} takes {graph.input.shape}, its source has {shapes[segment.source]}")
+            if [output.shape for output in graph.outputs] != expected:
+                found = [output.shape for output in graph.outputs]
+                fail(f"{where}.graphs.{backend} gives {found}, its split and exit need {expected}")
+    for name, member in manifest.members.items():
+        source: str | None = INPUT
+        for position, segment_name in enumerate(member.segments):
+            where = f"members.{name}.segments[{position}]"
+            if segment_name not in manifest.segments:
+                fail(f"{where} is {segment_name!r}, the segments are {_names(manifest.segments)}")
+            if manifest.segments[segment_name].source != source:
+                fail(f"{where} begins at {manifest.segments[segment_name].source!r}, expected {source!r}")
+            source = manifest.segments[segment_name].split
+        if manifest.segments[member.segments[-1]].exit is None:
+            fail(f"members.{name} must end with a segment that has an exit")

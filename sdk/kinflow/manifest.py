@@ -1,0 +1,146 @@
+"""What stands in a bundle's `family.json`, as typed structs. Unknown keys are errors: a typo must not pass."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from kinflow.messages import Name
+
+SCHEMA = 1
+BackendName = Literal["onnx", "tflite"]
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all below."""
+
+
+class File(_Strict, frozen=True):
+    """One file of the bundle; `path` is relative to the folder and may not leave it."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Positive
+
+
+class Tensor(_Strict, frozen=True):
+    """A graph's input or output: float32, shape without the batch axis."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    shape: list[Positive]
+
+
+class Graph(_Strict, frozen=True):
+    """One segment for one backend. Outputs stand in the graph's own order."""
+
+    file: File
+    input: Tensor
+    outputs: Annotated[list[Tensor], msgspec.Meta(min_length=1, max_length=2)]
+    dynamic_batch: bool
+    """False: the graph takes exactly one item (TFLite)."""
+
+
+class Segment(_Strict, frozen=True):
+    """Consecutive layers, from the input or a split to the next split, an exit, or both."""
+
+    source: Name
+    """`input`, or the split whose features it takes."""
+    split: Name | None
+    """The split it ends at: its graph then has the output `features`."""
+    exit: Name | None
+    """The exit whose branch and head it carries: its graph then has the output `logits`."""
+    graphs: dict[BackendName, Graph]
+    macs: Positive
+    parameters: Positive
+
+
+class Codec(_Strict, frozen=True):
+    """Features <-> bytes at one split (codec.py). `kind` decides what the other fields mean."""
+
+    kind: Literal["uniform-rans"]
+    bits: Literal[4, 8]
+    step: Annotated[list[PositiveFloat], msgspec.Meta(min_length=1)]
+    """Quantisation step per channel."""
+    zero: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=255)]], msgspec.Meta(min_length=1)]
+    """The level that stands for 0.0, per channel."""
+    table: File
+    """uint16 little-endian frequencies [channels, 256]; each row sums to 2**14."""
+    bytes_mean: Annotated[float, msgspec.Meta(gt=0)]
+    """Mean coded size on the calibration images."""
+
+
+class Split(_Strict, frozen=True):
+    """A point between two segments where features may leave the machine."""
+
+    shape: Annotated[list[Positive], msgspec.Meta(min_length=3, max_length=3)]
+    """[channels, height, width]"""
+    codecs: Annotated[dict[Name, Codec], msgspec.Meta(min_length=1)]
+    default_codec: Name
+
+
+class Certificate(_Strict, frozen=True):
+    """P(risk of the answers kept at `threshold` <= epsilon) >= 1 - delta, from n calibration samples."""
+
+    threshold: Share
+    epsilon: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    n: Positive
+    risk: Literal["gap", "consistency"]
+    kept_share: Share
+    """Share of the calibration samples that the threshold keeps."""
+    data_sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Exit(_Strict, frozen=True):
+    """Where an answer may leave, and how sure it must be."""
+
+    temperature: PositiveFloat
+    threshold: Share
+    """Keep the answer at this confidence or above; 0 at the last exit."""
+    accuracy: Share
+    """Top-1 on the test images, features coded on the way as in service."""
+    certificate: Certificate | None = None
+
+
+class Member(_Strict, frozen=True):
+    """One runnable size of the family: its segments in order, from the input on."""
+
+    segments: Annotated[list[Name], msgspec.Meta(min_length=1)]
+
+
+class Preprocess(_Strict, frozen=True):
+    """image -> float32 [1, channels, height, width]: (pixel / 255 - mean) / std per channel."""
+
+    mode: Literal["L", "RGB"]
+    height: Positive
+    width: Positive
+    mean: list[float]
+    std: list[PositiveFloat]
+    resize: Literal["stretch", "crop"]
+    """How a file of another size is fitted: stretched, or shorter side scaled and the centre cut out."""
+
+
+class Manifest(_Strict, frozen=True):
+    schema: Literal[1]
+    id: Name
+    version: Name
+    task: Literal["image-classification"]
+    title: str
+    license: str
+    labels: Annotated[list[str], msgspec.Meta(min_length=2)]
+    preprocess: Preprocess
+    splits: dict[Name, Split]
+    segments: Annotated[dict[Name, Segment], msgspec.Meta(min_length=1)]
+    exits: Annotated[dict[Name, Exit], msgspec.Meta(min_length=1)]
+    members: Annotated[dict[Name, Member], msgspec.Meta(min_length=1)]
+
+    def files(self) -> list[File]:
+        """Every file that the manifest names."""
+        graphs = [graph.file for segment in self.segments.values() for graph in segment.graphs.values()]
+        tables = [codec.table for split in self.splits.values() for codec in split.codecs.values()]
+        return graphs + tables

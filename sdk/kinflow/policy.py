@@ -1,0 +1,72 @@
+"""The rule that keeps an answer or offloads it. Pure: no socket, no clock.
+
+Device and edge server use the same rule; the device is the lowest tier, the cloud has no route.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinkEstimate:
+    """What is known of the way to one server."""
+
+    round_trip_s: float
+    """Smoothed time from sending a request to its reply, without the server's own queue."""
+    queue_s: float
+    """Queue delay that the server reported last."""
+
+    @property
+    def expected_s(self) -> float:
+        return self.round_trip_s + self.queue_s
+
+
+@dataclass(frozen=True)
+class Route:
+    """A server that could continue the computation."""
+
+    node: str
+    tier: str
+    split: str
+    codec: str
+    estimate: LinkEstimate
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Answer here. `degraded`: the exit was not sure enough, but nothing above can help in time."""
+
+    reason: str
+    degraded: bool
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Send the features up."""
+
+    route: Route
+    reason: str
+
+
+Decision = Keep | Offload
+
+CONFIDENT = "confident"
+LAST_EXIT = "last exit"
+
+
+def decide(confidence: float, threshold: float, route: Route | None, remaining_s: float) -> Decision:
+    """`route` is the best server above, None when there is none; `remaining_s` is what is left of the deadline."""
+    if confidence >= threshold:
+        return _CONFIDENT
+    if route is None:
+        return Keep("no server above", degraded=True)
+    expected = route.estimate.expected_s
+    if expected > remaining_s:
+        reason = f"{route.node} needs about {expected * 1e3:.0f} ms, {max(remaining_s, 0) * 1e3:.0f} ms are left"
+        return Keep(reason, degraded=True)
+    return Offload(route, f"confidence {confidence:.2f} is below {threshold:.2f}")
+
+
+# Most answers are this one: made once.
+_CONFIDENT = Keep(CONFIDENT, degraded=False)
