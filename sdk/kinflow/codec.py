@@ -54,8 +54,6 @@ class UniformRansCodec:
             raise CodecError(
                 f"codec {name!r}: step and zero need {channels} entries, have {len(spec.step)} and {len(spec.zero)}"
             )
-        if spec.bits == 4 and math.prod(shape[1:]) % 2:
-            raise CodecError(f"codec {name!r}: 4-bit coding pairs neighbours, so {shape[1:]} must hold an even number")
         if len(table) != channels * SYMBOLS * 2:
             raise CodecError(f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}")
         frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
@@ -95,16 +93,27 @@ class UniformRansCodec:
 
     @property
     def symbols_per_item(self) -> int:
-        return math.prod(self.shape) * self.bits // 8
+        return self.shape[0] * self._symbols_per_channel
+
+    @property
+    def _symbols_per_channel(self) -> int:
+        values = math.prod(self.shape[1:])
+        return values if self.bits == 8 else (values + 1) // 2
 
     def _to_symbols(self, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        flat = levels.reshape(-1)
-        return flat if self.bits == 8 else flat[0::2] << 4 | flat[1::2]
+        if self.bits == 8:
+            return levels.reshape(-1)
+        rows = levels.reshape(self.shape[0], -1)
+        if rows.shape[1] % 2:
+            # A channel's last level without a neighbour is paired with level 0: pairs never span two channels.
+            rows = np.pad(rows, ((0, 0), (0, 1)))
+        return (rows[:, 0::2] << 4 | rows[:, 1::2]).reshape(-1)
 
     def _to_levels(self, symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         if self.bits == 4:
             symbols = np.stack((symbols >> 4, symbols & 15), axis=1)
-        return symbols.reshape(self.shape)
+        values = math.prod(self.shape[1:])
+        return symbols.reshape(self.shape[0], -1)[:, :values].reshape(self.shape)
 
     @cached_property
     def _cumulative(self) -> npt.NDArray[np.int64]:
@@ -114,7 +123,7 @@ class UniformRansCodec:
     @cached_property
     def _rows(self) -> list[int]:
         """The channel of each symbol."""
-        return [int(row) for row in np.repeat(np.arange(self.shape[0]), self.symbols_per_item // self.shape[0])]
+        return [int(row) for row in np.repeat(np.arange(self.shape[0]), self._symbols_per_channel)]
 
     @cached_property
     def _row_starts(self) -> npt.NDArray[np.intp]:

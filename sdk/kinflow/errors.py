@@ -9,6 +9,7 @@
     ├── CodecError           coded features that do not decode
     ├── FamilyMismatch       family, version, split or codec differ between the two sides
     ├── BrokerError          no MQTT broker could be started or reached
+    ├── DiscoveryError       zeroconf does not work on this machine, or an advert cannot be made
     └── LinkError            nothing came back
         ├── LinkLost         there is no connection, or it broke
         ├── LinkTimeout      no reply before the deadline
@@ -57,6 +58,10 @@ class FamilyMismatch(KinflowError):  # noqa: N818 - it names what happened
 
 class BrokerError(KinflowError):
     code = "broker"
+
+
+class DiscoveryError(KinflowError):
+    code = "discovery"
 
 
 class LinkError(KinflowError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -36,6 +37,8 @@ class Family:
     manifest: Manifest
     files: dict[str, bytes]
     """Verified contents by path."""
+    codecs: dict[tuple[str, str], UniformRansCodec]
+    """By split and name."""
 
     @classmethod
     def load(cls, path: str | Path) -> Family:
@@ -52,11 +55,7 @@ class Family:
             files = {file.path: _read_verified(reader, root, file) for file in manifest.files()}
         finally:
             reader.close()
-        family = cls(root, manifest, files)
-        for split in manifest.splits:
-            for codec in manifest.splits[split].codecs:
-                family.codec(split, codec)
-        return family
+        return cls(root, manifest, files, _open_codecs(root, manifest, files))
 
     @property
     def id(self) -> str:
@@ -79,15 +78,10 @@ class Family:
         spec = self.manifest.splits.get(split)
         if spec is None:
             raise FamilyMismatch(f"{self.id} has the splits {_names(self.manifest.splits)}, asked for {split!r}")
-        name = name or spec.default_codec
-        codec = spec.codecs.get(name)
+        codec = self.codecs.get((split, name or spec.default_codec))
         if codec is None:
             raise FamilyMismatch(f"split {split!r} of {self.id} has the codecs {_names(spec.codecs)}, got {name!r}")
-        channels, height, width = spec.shape
-        try:
-            return UniformRansCodec.from_spec(name, (channels, height, width), codec, self.files[codec.table.path])
-        except CodecError as exc:
-            raise BundleError(f"{self.path}: {exc}") from exc
+        return codec
 
     def member(
         self, name: str, *, backend: BackendName = "onnx", source: str = INPUT, threads: int = 1
@@ -226,8 +220,24 @@ def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -
     return data
 
 
-def _names(names: object) -> str:
-    return ", ".join(repr(name) for name in names) or "none"  # type: ignore[attr-defined]
+def _open_codecs(
+    root: Path, manifest: Manifest, files: dict[str, bytes]
+) -> dict[tuple[str, str], UniformRansCodec]:
+    codecs = {}
+    for split, spec in manifest.splits.items():
+        channels, height, width = spec.shape
+        for name, codec in spec.codecs.items():
+            try:
+                codecs[split, name] = UniformRansCodec.from_spec(
+                    name, (channels, height, width), codec, files[codec.table.path]
+                )
+            except CodecError as exc:
+                raise BundleError(f"{root}: {exc}") from exc
+    return codecs
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
 
 
 def _check_references(root: Path, manifest: Manifest) -> None:

@@ -1,6 +1,8 @@
 """The dataclasses that travel: what stands in a frame's header (docs/protocol.md tells the same in prose).
 
-Keys on the wire are the field names; unknown keys are ignored, so that a later minor version may add some.
+On the wire a struct is an array: its tag, then its fields in the order below. Keys would cost more than the values,
+and a feature is often smaller than its header. A later minor version may append fields: what is too many is ignored,
+what is missing has its default.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ Text = Annotated[str, msgspec.Meta(max_length=512)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 
-class Hop(msgspec.Struct, frozen=True):
+class Hop(msgspec.Struct, frozen=True, array_like=True):
     """What one server spent on a request, in milliseconds, and the bytes it sent further up."""
 
     node: Name
     tier: Tier
+    decode_ms: NonNegative
     queue_ms: NonNegative
     compute_ms: NonNegative
     total_ms: NonNegative
     bytes_up: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+class Request(msgspec.Struct, frozen=True, tag="request", array_like=True):
     """Continue this computation. The payload holds the features, coded by `codec`."""
 
     id: RequestId
@@ -41,7 +44,7 @@ class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
     """What is left of the deadline when this was sent: clocks need not agree."""
 
 
-class Reply(msgspec.Struct, frozen=True, tag="reply", tag_field="type"):
+class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
     """The answer of one exit. The payload is empty."""
 
     id: RequestId
@@ -56,7 +59,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply", tag_field="type"):
     """The servers that worked on it, nearest first."""
 
 
-class Busy(msgspec.Struct, frozen=True, tag="busy", tag_field="type"):
+class Busy(msgspec.Struct, frozen=True, tag="busy", array_like=True):
     """The queue would miss the deadline: answer locally, now."""
 
     id: RequestId
@@ -64,7 +67,7 @@ class Busy(msgspec.Struct, frozen=True, tag="busy", tag_field="type"):
     queue_ms: NonNegative
 
 
-class Failure(msgspec.Struct, frozen=True, tag="failure", tag_field="type"):
+class Failure(msgspec.Struct, frozen=True, tag="failure", array_like=True):
     """The request could not be served; `code` is one of errors.py's."""
 
     id: RequestId
@@ -73,7 +76,7 @@ class Failure(msgspec.Struct, frozen=True, tag="failure", tag_field="type"):
     message: Text
 
 
-class Served(msgspec.Struct, frozen=True):
+class Served(msgspec.Struct, frozen=True, array_like=True):
     """One family that a node serves: the splits it takes and the codecs it can decode there."""
 
     family: Name
@@ -81,7 +84,7 @@ class Served(msgspec.Struct, frozen=True):
     splits: dict[Name, list[Name]]
 
 
-class NodeStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
+class NodeStatus(msgspec.Struct, frozen=True, tag="status", array_like=True):
     """Retained by every server on its status topic; its last will says `offline`."""
 
     node: Name

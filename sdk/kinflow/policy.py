@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kinflow.messages import Tier
+
 
 @dataclass(frozen=True)
 class LinkEstimate:
@@ -27,10 +29,17 @@ class Route:
     """A server that could continue the computation."""
 
     node: str
-    tier: str
+    tier: Tier
     split: str
     codec: str
     estimate: LinkEstimate
+
+
+@dataclass(frozen=True)
+class NoRoute:
+    """Nothing above can be asked, and why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,14 @@ class Offload:
 Decision = Keep | Offload
 
 CONFIDENT = "confident"
-LAST_EXIT = "last exit"
 
 
-def decide(confidence: float, threshold: float, route: Route | None, remaining_s: float) -> Decision:
-    """`route` is the best server above, None when there is none; `remaining_s` is what is left of the deadline."""
+def decide(confidence: float, threshold: float, route: Route | NoRoute, remaining_s: float) -> Decision:
+    """`route` is the best server above; `remaining_s` is what is left of the deadline."""
     if confidence >= threshold:
         return _CONFIDENT
-    if route is None:
-        return Keep("no server above", degraded=True)
+    if isinstance(route, NoRoute):
+        return Keep(route.reason, degraded=True)
     expected = route.estimate.expected_s
     if expected > remaining_s:
         reason = f"{route.node} needs about {expected * 1e3:.0f} ms, {max(remaining_s, 0) * 1e3:.0f} ms are left"

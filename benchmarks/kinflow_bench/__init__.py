@@ -1,0 +1,1 @@
+"""`kinflow bench`: the figures that the project claims, each printed by a command."""

@@ -1,0 +1,100 @@
+"""`kinflow bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kinflow.manifest import BackendName
+from kinflow_bench.timing import machine
+
+app = typer.Typer(help="Measure what the project claims; each prints the figure under `ratio` and all beside it.")
+
+FASHION = Path("families/fashion")
+Family = Annotated[Path, typer.Argument(help="Folder of a family, or its bundle.")]
+Rounds = Annotated[int, typer.Option(help="Interleaved rounds; medians are taken over them.", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+BrokerKind = Annotated[str, typer.Option(help="mosquitto, embedded, or auto: mosquitto where installed.")]
+
+
+@app.command()
+def local(family: Family = FASHION, rounds: Rounds = 15, as_json: Json = False) -> None:
+    """What infer() adds to an answer that stays on the device, over onnxruntime alone."""
+    from kinflow_bench import local as bench
+
+    _print(bench.run(_bundle(family), rounds), as_json)
+
+
+@app.command()
+def offload(rounds: Rounds = 300, broker_kind: BrokerKind = "auto", as_json: Json = False) -> None:
+    """A whole offload, less coding and compute, over a bare TCP relay of the same bytes."""
+    from kinflow_bench import offload as bench
+
+    _print(bench.run(rounds, broker_kind), as_json)
+
+
+@app.command()
+def throughput(
+    family: Family = FASHION,
+    rounds: Rounds = 5,
+    batch_size: Annotated[int, typer.Option(help="The server's batch_size.", min=1)] = 16,
+    batch_wait_ms: Annotated[float, typer.Option(help="The server's batch_wait_ms.", min=0)] = 0.0,
+    broker_kind: BrokerKind = "auto",
+    as_json: Json = False,
+) -> None:
+    """Offloads per second of one server process, over the same graph in a bare loop at its best batch."""
+    from kinflow_bench import throughput as bench
+
+    _print(bench.run(_bundle(family), rounds, batch_size, batch_wait_ms, broker_kind), as_json)
+
+
+@app.command()
+def footprint(family: Family = FASHION, rounds: Rounds = 5, as_json: Json = False) -> None:
+    """Disk, import time and memory of a device install, beside a bare onnxruntime script."""
+    from kinflow_bench import footprint as bench
+
+    _print(bench.run(_bundle(family), rounds), as_json)
+
+
+@app.command()
+def accuracy(
+    family: Family = FASHION,
+    data: Annotated[Path | None, typer.Option(help="Folder with the test images.", show_default=False)] = None,
+    backend: Annotated[str, typer.Option(help="Runtime of the device member: onnx or tflite.")] = "onnx",
+    as_json: Json = False,
+) -> None:
+    """Every member on the test images, fed with the device's own coded features."""
+    import msgspec
+    from kinflow_builder.data import load_test
+    from kinflow_bench import accuracy as bench
+
+    images, labels = load_test(family, data)
+    _print(bench.run(_bundle(family), images, labels, msgspec.convert(backend, BackendName)), as_json)
+
+
+def _bundle(family: Path) -> Path:
+    return family / "bundle" if (family / "bundle").is_dir() else family
+
+
+def _print(figures: dict[str, Any], as_json: bool) -> None:
+    figures["machine"] = machine()
+    if as_json:
+        sys.stdout.write(json.dumps(figures) + "\n")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("figure", "value")
+        for name, value in _flat("", figures):
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        Console().print(table)
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [row for key, inner in value.items() for row in _flat(f"{prefix}.{key}" if prefix else key, inner)]

@@ -1,0 +1,134 @@
+"""`bench throughput`: offloads per second of one server process, over the same graph in a bare loop."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kinflow import topics
+from kinflow.codec import Features
+from kinflow.errors import LinkError
+from kinflow.family import Family
+from kinflow.fleet import Fleet
+from kinflow.link import Link
+from kinflow.messages import Request
+from kinflow.mqtt import BrokerAddress
+from kinflow_bench.timing import spread
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+BARE_S = 0.4
+LOAD_S = 2.0
+IN_FLIGHT = 64
+
+
+def run(bundle: Path, rounds: int, batch_size: int, batch_wait_ms: float, broker_kind: str) -> dict[str, Any]:
+    """The largest member, continued from the split that devices send to."""
+    family = Family.load(bundle)
+    split = family.manifest.segments[family.manifest.members["device"].segments[-1]].split
+    if split is None:
+        raise LinkError(f"{bundle}: the device member ends without a split, so nothing can be offloaded")
+    features = _features(family, split)
+    bare: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    served: list[float] = []
+    options = ("--batch-size", str(batch_size), "--batch-wait-ms", str(batch_wait_ms), "--broker-kind", broker_kind)
+    with Fleet([bundle]) as fleet:
+        server = fleet.start("cloud", "--no-advertise", *options)
+        with Link(BrokerAddress.parse(server.broker), f"bench-{os.getpid()}") as link:
+            if not link.wait_connected(10.0):
+                raise LinkError(f"no connection to {server.broker}")
+            load = _Load(family, split, features, link)
+            load.run(LOAD_S / 2)
+            for _ in range(rounds):
+                for batch in BATCHES:
+                    bare[batch].append(_bare(family, split, features, batch))
+                served.append(load.run(LOAD_S))
+    best = max(BATCHES, key=lambda batch: statistics.median(bare[batch]))
+    return {
+        "ratio": statistics.median(served) / statistics.median(bare[best]),
+        "offloads_per_s": spread(served),
+        "bare_per_s": spread(bare[best]),
+        "bare_best_batch": best,
+        "bare_per_s_by_batch": {str(batch): statistics.median(values) for batch, values in bare.items()},
+        "batch_size": batch_size,
+        "batch_wait_ms": batch_wait_ms,
+        "in_flight": IN_FLIGHT,
+        "refused": load.refused,
+        "threads": 1,
+        "broker": server.ready["broker_kind"],
+    }
+
+
+def _features(family: Family, split: str) -> Features:
+    """Features of random images, as the server gets them: [32, channels, height, width]."""
+    codec = family.codec(split)
+    spec = family.manifest.preprocess
+    images = np.random.default_rng(0).normal(0, 1, (max(BATCHES), len(spec.mean), spec.height, spec.width))
+    output = family.member("device").run(images.astype(np.float32))
+    assert output.features is not None
+    return np.stack([codec.decode(codec.encode(item)) for item in output.features])
+
+
+def _bare(family: Family, split: str, features: Features, batch: int) -> float:
+    """Items per second of the member alone."""
+    member = family.member("cloud", source=split)
+    inputs = np.ascontiguousarray(features[:batch])
+    member.run(inputs)
+    items, start = 0, time.perf_counter()
+    while time.perf_counter() - start < BARE_S:
+        member.run(inputs)
+        items += batch
+    return items / (time.perf_counter() - start)
+
+
+class _Load:
+    """Keeps IN_FLIGHT requests under way."""
+
+    def __init__(self, family: Family, split: str, features: Features, link: Link) -> None:
+        codec = family.codec(split)
+        self._payloads = [codec.encode(item) for item in features]
+        self._family = family
+        self._split = split
+        self._codec = codec.name
+        self._topic = topics.request("cloud", family.id, split)
+        self._link = link
+        self.refused = 0
+
+    def run(self, seconds: float) -> float:
+        """Answered requests per second."""
+        window = threading.Semaphore(IN_FLIGHT)
+        answered = 0
+
+        def finished(future: Any) -> None:
+            nonlocal answered
+            if future.exception() is None:
+                answered += 1
+            else:
+                self.refused += 1
+            window.release()
+
+        start = time.perf_counter()
+        sent = 0
+        while time.perf_counter() - start < seconds:
+            window.acquire()
+            request = Request(
+                id=os.urandom(16),
+                reply_to=self._link.reply_topic,
+                family=self._family.id,
+                version=self._family.version,
+                split=self._split,
+                codec=self._codec,
+                deadline_ms=5000.0,
+            )
+            future = self._link.request(self._topic, request, self._payloads[sent % len(self._payloads)])
+            future.add_done_callback(finished)
+            sent += 1
+        rate = answered / (time.perf_counter() - start)
+        for _ in range(IN_FLIGHT):
+            window.acquire()
+        return rate

@@ -1,0 +1,107 @@
+"""A trained trunk -> graph files, codec tables and the manifest that names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from kinflow import manifest as spec
+from kinflow.family import INPUT
+from kinflow_builder import bundle, codecs
+from kinflow_builder.cost import cost
+from kinflow_builder.export import Array, export_onnx
+from kinflow_builder.export_tflite import export_tflite
+from kinflow_builder.log import BuildLog
+from kinflow_builder.quantiser import BITS
+from kinflow_builder.recipe import Coding, Recipe
+from kinflow_builder.trunk import Segment, Trunk
+
+EXAMPLES = 16
+BATCH = 250
+
+
+def assemble(
+    stage: Path, recipe: Recipe, trunk: Trunk, fitting: Array, measured: Array, log: BuildLog
+) -> spec.Manifest:
+    """Writes the files into `stage`. Exits keep everything so far: they are calibrated through these graphs.
+
+    `fitting` and `measured` are preprocessed images: the codecs' tables come from the first, their mean sizes
+    from the second. Raises BackendError when a graph does not compute what torch does.
+    """
+    segments: dict[str, spec.Segment] = {}
+    splits: dict[str, spec.Split] = {}
+    source = INPUT
+    for segment in trunk.segments:
+        segments[segment.name] = _segment(stage, recipe, segment, source, fitting, log)
+        if segment.split is not None:
+            fitting, measured = features_of(segment, fitting), features_of(segment, measured)
+            fitted = _fit(stage, segment, recipe.coding[segment.split], fitting, measured, log)
+            splits[segment.split], default = fitted
+            # The next segment sees what the codec gives back, here as in service.
+            fitting, measured = (default.dequantise(default.quantise(part)) for part in (fitting, measured))
+            source = segment.split
+    return spec.Manifest(
+        schema=spec.SCHEMA,
+        id=recipe.id,
+        version=recipe.version,
+        task="image-classification",
+        title=recipe.title,
+        license=recipe.license,
+        labels=recipe.labels,
+        preprocess=recipe.preprocess,
+        splits=splits,
+        segments=segments,
+        exits={name: spec.Exit(temperature=1.0, threshold=0.0, accuracy=0.0) for name in trunk.exits},
+        members={name: spec.Member(parts) for name, parts in recipe.members.items()},
+    )
+
+
+def features_of(segment: Segment, batch: Array) -> Array:
+    """Features before quantisation, of all items."""
+    with torch.no_grad():
+        parts = [segment(torch.from_numpy(batch[i : i + BATCH]))[0] for i in range(0, len(batch), BATCH)]
+    return np.concatenate([part.numpy() for part in parts])
+
+
+def _segment(
+    stage: Path, recipe: Recipe, segment: Segment, source: str, inputs: Array, log: BuildLog
+) -> spec.Segment:
+    example = np.ascontiguousarray(inputs[:EXAMPLES])
+    with torch.no_grad():
+        shapes = [list(output.shape[1:]) for output in segment(torch.from_numpy(example))]
+    outputs = [spec.Tensor(name, shape) for name, shape in zip(segment.output_names, shapes)]
+    given = spec.Tensor("x", list(example.shape[1:]))
+    graphs: dict[spec.BackendName, spec.Graph] = {}
+
+    path = stage / f"{segment.name}.onnx"
+    difference = export_onnx(segment, path, example, half=segment.name in recipe.half_segments)
+    graphs["onnx"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, dynamic_batch=True)
+    log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
+    if segment.name in recipe.tflite_segments:
+        path = stage / f"{segment.name}.tflite"
+        difference = export_tflite(segment, path, example)
+        graphs["tflite"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, dynamic_batch=False)
+        log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
+
+    spent = cost(segment, torch.from_numpy(example[:1]))
+    return spec.Segment(source, segment.split, segment.exit, graphs, spent.macs, spent.parameters)
+
+
+def _fit(
+    stage: Path, segment: Segment, coding: Coding, fitting: Array, measured: Array, log: BuildLog
+) -> tuple[spec.Split, codecs.UniformRansCodec]:
+    """Both codecs of a split, and the one that is used when none is named."""
+    made = {}
+    specs: dict[str, spec.Codec] = {}
+    for bits in (4, 8):
+        fitted = codecs.fit(segment.split, fitting, measured, segment.bottleneck.step, BITS, bits)
+        name = fitted.codec.name
+        (stage / fitted.spec.table.path).write_bytes(fitted.table)
+        specs[name] = msgspec.structs.replace(fitted.spec, table=bundle.describe(stage, fitted.spec.table.path))
+        made[bits] = fitted.codec
+        log.line(f"{name}: {fitted.spec.bytes_mean:.1f} bytes per item")
+    default = made[coding.default_bits]
+    return spec.Split(list(fitting.shape[1:]), specs, default.name), default

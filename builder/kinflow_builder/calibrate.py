@@ -1,0 +1,70 @@
+"""Temperature and certificate of an exit, from logits on images that were never trained on. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.stats import binom
+
+from kinflow.confidence import probabilities
+
+Logits = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+# Thresholds that are tested, safest first. Fixed before any data are seen, as the testing order must be.
+THRESHOLDS = tuple(round(1.0 - 0.005 * i, 3) for i in range(200)) + (0.0,)
+
+
+def temperature(logits: Logits, labels: Labels) -> float:
+    """The T that makes softmax(logits / T) most likely (Guo et al., arXiv 1706.04599)."""
+    rows = np.arange(len(labels))
+
+    def loss(log_t: float) -> float:
+        right = probabilities(logits, float(np.exp(log_t)))[rows, labels]
+        return float(-np.log(np.maximum(right, 1e-30)).mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x))
+
+
+def gap(exit_logits: Logits, last_logits: Logits, labels: Labels) -> npt.NDArray[np.bool_]:
+    """Where the exit is wrong and the last exit is right: what keeping the answer would cost."""
+    return (exit_logits.argmax(1) != labels) & (last_logits.argmax(1) == labels)
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What `certify` found; `threshold` 1.0 and share 0 mean that nothing could be certified."""
+
+    threshold: float
+    kept_share: float
+    n: int
+
+
+def certify(
+    confidence: npt.NDArray[np.float64], losses: npt.NDArray[np.bool_], epsilon: float, delta: float
+) -> Certified:
+    """The lowest threshold with P(risk <= epsilon) >= 1 - delta.
+
+    The risk of a threshold is the share of all images whose answer is kept (confidence at or above it) and is a
+    loss. Learn then Test (Angelopoulos et al., arXiv 2110.01052): for each threshold the exact binomial p-value
+    of "risk > epsilon", tested in a fixed order from the safest one down; the last one that passes is returned,
+    and testing stops at the first that does not.
+    """
+    n = len(losses)
+    certified = Certified(1.0, 0.0, n)
+    if p_value(0, n, epsilon) > delta:
+        return certified
+    for threshold in THRESHOLDS:
+        kept = confidence >= threshold
+        if p_value(int((kept & losses).sum()), n, epsilon) > delta:
+            break
+        certified = Certified(threshold, float(kept.mean()), n)
+    return certified
+
+
+def p_value(losses: int, n: int, epsilon: float) -> float:
+    """P(so few losses or fewer among n | risk = epsilon): exact, super-uniform when risk > epsilon."""
+    return float(binom.cdf(losses, n, epsilon))

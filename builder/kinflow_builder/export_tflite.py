@@ -1,0 +1,48 @@
+"""One segment -> one TFLite graph for a single item, compared with torch before it may ship."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kinflow.backends.tflite import interpreter_module
+from kinflow.errors import BackendError
+from kinflow_builder.export import TOLERANCE, Array, largest_difference, refuse_beyond, torch_outputs
+from kinflow_builder.trunk import Segment
+
+
+def export_tflite(segment: Segment, path: Path, example: Array) -> float:
+    """Writes `path`, a static graph of batch 1. Returns the largest difference to torch over `example`.
+
+    Raises BackendError when the converter is missing or the graph computes something else.
+    """
+    if find_spec("litert_torch") is None:
+        raise BackendError("the TFLite converter is not installed: pip install 'kinflow[builder-tflite]'")
+    import litert_torch
+
+    level = logging.root.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        litert_torch.convert(segment.eval(), (torch.from_numpy(example[:1]),)).export(str(path))
+    logging.root.setLevel(level)
+    difference = largest_difference(torch_outputs(segment, example), _run(path, example))
+    refuse_beyond(TOLERANCE, difference, path)
+    return difference
+
+
+def _run(path: Path, example: Array) -> list[Array]:
+    interpreter = interpreter_module().Interpreter(model_content=path.read_bytes(), num_threads=1)
+    interpreter.allocate_tensors()
+    source = interpreter.get_input_details()[0]["index"]
+    outputs = [detail["index"] for detail in interpreter.get_output_details()]
+    rows = []
+    for item in example:
+        interpreter.set_tensor(source, item[None])
+        interpreter.invoke()
+        rows.append([interpreter.get_tensor(index) for index in outputs])
+    return [np.concatenate(parts) for parts in zip(*rows)]

@@ -1,0 +1,57 @@
+"""The bottleneck at a split: a projection, and the codec's own arithmetic with gradients through it.
+
+The 4-bit level of a value is `clip(round(value / step) + 8, 0, 15)`, as in kinflow.codec. Rounding passes the
+gradient straight through (Bengio et al., arXiv 1308.3432). The rate is each channel's code length, taken from a
+running histogram of its levels and interpolated between neighbouring ones, which makes it differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+BITS = 4
+LEVELS = 1 << BITS
+ZERO = LEVELS // 2
+HISTOGRAM_DECAY = 0.99
+# No level is ever impossible: its code length stays finite, as in the codec's tables.
+_FLOOR = 1.0 / 4096
+
+
+class Bottleneck(nn.Module):  # type: ignore[misc]
+    """Maps hidden values to a split's features, and quantises features.
+
+    `step` is in units of the features; with it, the initial features have a spread of 1 / `step` levels.
+    """
+
+    def __init__(self, inputs: int, channels: int, step: float) -> None:
+        super().__init__()
+        self.step = step
+        self.project = nn.Conv2d(inputs, channels, 1, bias=False)
+        self.scale = nn.BatchNorm2d(channels)
+        self.register_buffer("histogram", torch.full((channels, LEVELS), 1.0 / LEVELS))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Features [n, channels, height, width] before quantisation: what the codec takes."""
+        return self.scale(self.project(hidden))
+
+    def quantise(self, features: torch.Tensor) -> torch.Tensor:
+        """What the codec's decoder gives back; the gradient passes as if only clipped."""
+        levels = (features.float() / self.step).clamp(-ZERO, LEVELS - 1 - ZERO)
+        return (levels + (levels.round() - levels).detach()) * self.step
+
+    def rate_bytes(self, features: torch.Tensor) -> torch.Tensor:
+        """Mean code length of one item in bytes, a scalar; in training it also updates the histogram."""
+        channels = features.shape[1]
+        levels = (features.float() / self.step).clamp(-ZERO, LEVELS - 1 - ZERO)
+        below = levels.detach().floor().clamp(max=LEVELS - 2 - ZERO)
+        row = torch.arange(channels, device=features.device).view(1, -1, 1, 1) * LEVELS
+        index = (below + ZERO).long() + row
+        if self.training:
+            nearest = (levels.detach().round() + ZERO).long() + row
+            counts = torch.bincount(nearest.flatten(), minlength=channels * LEVELS).view(channels, LEVELS)
+            self.histogram.lerp_(counts / counts.sum(1, keepdim=True), 1 - HISTOGRAM_DECAY)
+        lengths = -torch.log2(self.histogram * (1 - LEVELS * _FLOOR) + _FLOOR).flatten()
+        share = levels - below
+        bits = lengths[index] * (1 - share) + lengths[index + 1] * share
+        return bits.sum() / (8 * len(features))

@@ -1,0 +1,139 @@
+"""A family's recipe.toml as typed structs. Unknown keys are errors: a typo must not pass."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from kinflow.errors import SettingsError
+from kinflow.manifest import Positive, PositiveFloat, Preprocess, Share
+from kinflow.messages import Name
+
+RECIPE = "recipe.toml"
+
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all below."""
+
+
+class DataFile(_Strict, frozen=True):
+    """One idx file of the data set."""
+
+    name: str
+    sha256: Digest
+    """Of the file's content without gzip, so that any packing of the same images passes."""
+
+
+class Data(_Strict, frozen=True):
+    """Where the images are looked for, in this order: --data, `directories`, the cache, `url`."""
+
+    source: str
+    """A line for the card: whose data, where described."""
+    license: str
+    url: str
+    """Each file's address is this one and its name."""
+    directories: list[str]
+    train_images: DataFile
+    train_labels: DataFile
+    test_images: DataFile
+    test_labels: DataFile
+    held_out: Positive
+    """Training images kept for temperature and certificate; never trained on."""
+    samples: Positive
+    """Test images that go into the family's samples/ folder."""
+
+
+class Network(_Strict, frozen=True):
+    """The model."""
+
+    make: Annotated[str, msgspec.Meta(pattern=r"^[\w/.-]+\.py:\w+$")]
+    """`file.py:function`, relative to the recipe; called with `options` it returns a Trunk."""
+    options: dict[str, int] = {}
+
+
+class Training(_Strict, frozen=True):
+    """Stochastic gradient descent with Nesterov momentum, one learning-rate cycle, averaged weights."""
+
+    epochs: Positive
+    batch: Positive
+    learning_rate: PositiveFloat
+    warmup: Fraction
+    """Share of the steps in which the learning rate rises."""
+    momentum: Fraction
+    weight_decay: NonNegative
+    label_smoothing: Share
+    average: Fraction
+    """Decay of the averaged weights, the ones that ship."""
+    exit_weights: dict[Name, PositiveFloat]
+    """Weight of each exit's loss."""
+    distil: Share
+    """Share of an earlier exit's loss that is divergence from the last exit, the rest is from the label."""
+    shift: Annotated[int, msgspec.Meta(ge=0)]
+    """Augmentation: images are moved by up to this many pixels each way, and flipped."""
+    erase: Annotated[int, msgspec.Meta(ge=0)]
+    """Augmentation: side of the square that is blanked, in pixels."""
+    unquantised: Share
+    """Share of the images whose features pass a split as they are, so that both paths are learnt."""
+    seed: int
+    threads: Positive
+
+
+class Coding(_Strict, frozen=True):
+    """One split's codecs: `<split>-q4` and `<split>-q8`."""
+
+    default_bits: Literal[4, 8]
+    bytes_target: PositiveFloat
+    """Training presses the 4-bit features' entropy per item below this."""
+
+
+class Exit(_Strict, frozen=True):
+    """How sure the certificate of one exit must be; an exit without an entry keeps every answer."""
+
+    epsilon: Fraction
+    delta: Fraction
+
+
+class Recipe(_Strict, frozen=True):
+    """A family to build. `Recipe.load` is the way to make one."""
+
+    id: Name
+    version: Name
+    title: str
+    license: str
+    labels: Annotated[list[str], msgspec.Meta(min_length=2)]
+    members: dict[Name, list[Name]]
+    """Segments of each member, from the input on."""
+    tflite_segments: list[Name]
+    """Segments that get a TFLite graph too."""
+    half_segments: list[Name]
+    """Segments whose weights are stored as 16-bit floats and computed with 32 bits."""
+    preprocess: Preprocess
+    data: Data
+    network: Network
+    training: Training
+    coding: dict[Name, Coding]
+    exits: dict[Name, Exit]
+
+    @classmethod
+    def load(cls, folder: Path) -> Recipe:
+        """From `folder`/recipe.toml. Raises SettingsError that names the file, the field and what was expected."""
+        path = folder / RECIPE
+        try:
+            raw = path.read_bytes()
+        except OSError as exc:
+            raise SettingsError(f"{path}: {exc.strerror}: give the folder of a family's recipe") from exc
+        try:
+            return msgspec.toml.decode(raw, type=cls)
+        except msgspec.DecodeError as exc:  # ValidationError is one of them
+            raise SettingsError(f"{path}: {exc}") from exc
+
+    def digest(self) -> str:
+        """What a checkpoint is bound to: another recipe must not resume it."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()

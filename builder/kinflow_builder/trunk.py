@@ -1,0 +1,116 @@
+"""The shape every network of a recipe has: ordered segments that end at a split, carry an exit, or both."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kinflow.errors import SettingsError
+from kinflow_builder.quantiser import Bottleneck
+from kinflow_builder.recipe import Network
+
+
+class Segment(nn.Module):  # type: ignore[misc]
+    """Consecutive layers; `split` and `bottleneck` come together, and so do `exit` and `branch`."""
+
+    def __init__(
+        self,
+        name: str,
+        layers: nn.Module,
+        *,
+        split: str | None = None,
+        bottleneck: Bottleneck | None = None,
+        exit: str | None = None,
+        branch: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if (split is None) != (bottleneck is None) or (exit is None) != (branch is None):
+            raise ValueError(f"segment {name!r}: a split needs a bottleneck, an exit needs a branch")
+        if split is None and exit is None:
+            raise ValueError(f"segment {name!r} ends nowhere: give it a split, an exit, or both")
+        self.name = name
+        self.split = split
+        self.exit = exit
+        self.layers = layers
+        self.bottleneck = bottleneck
+        self.branch = branch
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(features, logits), without the one that this segment does not have."""
+        hidden = self.layers(x)
+        outputs = () if self.bottleneck is None else (self.bottleneck(hidden),)
+        return outputs if self.branch is None else (*outputs, self.branch(hidden))
+
+    @property
+    def output_names(self) -> list[str]:
+        return ["features"] * (self.split is not None) + ["logits"] * (self.exit is not None)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One training pass: logits per exit, features per split, as they stand before quantisation."""
+
+    logits: dict[str, torch.Tensor]
+    features: dict[str, torch.Tensor]
+
+
+class Trunk(nn.Module):  # type: ignore[misc]
+    """All segments, in order: each takes the quantised features of the one before."""
+
+    def __init__(self, segments: list[Segment]) -> None:
+        super().__init__()
+        self.segments = nn.ModuleList(segments)
+        for segment in segments[:-1]:
+            if segment.split is None:
+                raise ValueError(f"segment {segment.name!r} is not the last one and needs a split")
+        if segments[-1].split is not None or segments[-1].exit is None:
+            raise ValueError(f"the last segment, {segments[-1].name!r}, needs an exit and no split")
+
+    def forward(self, x: torch.Tensor, unquantised: torch.Tensor | None = None) -> Pass:
+        """`unquantised`: bool [n], the items whose features pass every split as they are."""
+        logits: dict[str, torch.Tensor] = {}
+        features: dict[str, torch.Tensor] = {}
+        for segment in self.segments:
+            outputs = dict(zip(segment.output_names, segment(x)))
+            if segment.exit is not None:
+                logits[segment.exit] = outputs["logits"]
+            if segment.split is not None:
+                kept = features[segment.split] = outputs["features"]
+                x = segment.bottleneck.quantise(kept)
+                if unquantised is not None:
+                    x = torch.where(unquantised.view(-1, 1, 1, 1), kept.float(), x)
+        return Pass(logits, features)
+
+    @property
+    def exits(self) -> list[str]:
+        """First to last."""
+        return [segment.exit for segment in self.segments if segment.exit is not None]
+
+    @property
+    def bottlenecks(self) -> dict[str, Bottleneck]:
+        return {segment.split: segment.bottleneck for segment in self.segments if segment.split is not None}
+
+
+def make_trunk(folder: Path, network: Network) -> Trunk:
+    """What `network.make` of the recipe in `folder` returns. Raises SettingsError that names it otherwise."""
+    file, _, function = network.make.partition(":")
+    path = folder / file
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise SettingsError(f"network.make names {path}, which is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if make is None:
+        raise SettingsError(f"network.make names {function!r}, which {path} does not define")
+    try:
+        trunk = make(**network.options)
+    except (TypeError, ValueError) as exc:
+        raise SettingsError(f"network.make = {network.make!r} with {network.options}: {exc}") from exc
+    if not isinstance(trunk, Trunk):
+        raise SettingsError(f"{network.make} returns {type(trunk).__name__}, expected kinflow_builder.trunk.Trunk")
+    return trunk

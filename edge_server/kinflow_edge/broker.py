@@ -1,0 +1,176 @@
+"""The MQTT broker a server uses: a running one, or a child process configured here.
+
+mosquitto where it is installed; otherwise the embedded one (iotcore: rumqttd in a wheel), which accepts anybody
+and has no ACL, so it is refused beyond loopback.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from kinflow import children, frame
+from kinflow.errors import BrokerError
+from kinflow.mqtt import BrokerAddress
+from kinflow.settings import BrokerSettings
+
+log = logging.getLogger("kinflow.broker")
+
+START_TIMEOUT_S = 10.0
+# Debian installs mosquitto where an ordinary user's PATH does not look.
+EXTRA_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
+
+MOSQUITTO_CONFIG = """\
+listener {port} {listen}
+allow_anonymous true
+set_tcp_nodelay true
+max_packet_size {max_packet_bytes}
+max_inflight_messages 200
+max_queued_messages 1000
+persistence true
+persistence_location {folder}/
+autosave_on_changes true
+autosave_interval 1
+log_type error
+log_type warning
+"""
+
+# rumqttd caps payloads at 20 kB until told otherwise, and speaks MQTT 5 only on a [v5] listener.
+EMBEDDED_CONFIG = """\
+id = 0
+[router]
+id = 0
+max_connections = 4096
+max_outgoing_packet_count = 200
+max_segment_size = 104857600
+max_segment_count = 10
+[v5.1]
+name = "kinflow"
+listen = "{listen}:{port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 10000
+max_payload_size = {max_packet_bytes}
+max_inflight_count = 200
+dynamic_filters = true
+"""
+
+
+class Broker:
+    """`with Broker(settings) as broker:` has a broker at `broker.address` until the block ends."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._port = settings.port
+        self.kind = "external" if settings.address else ""
+
+    @property
+    def address(self) -> BrokerAddress:
+        """Where the server itself reaches the broker."""
+        if self._settings.address:
+            return BrokerAddress.parse(self._settings.address)
+        listen = self._settings.listen
+        return BrokerAddress("127.0.0.1" if listen == "0.0.0.0" else listen, self._port)  # noqa: S104
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def __enter__(self) -> Broker:
+        if not self._settings.address:
+            self._folder = tempfile.TemporaryDirectory(prefix="kinflow-broker-")
+            try:
+                self._start()
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._process is not None:
+            children.stop(self._process)
+            self._process = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def restart_if_dead(self) -> bool:
+        """Start it again when the process ended by itself. True when that was so."""
+        if self._process is None or self._process.poll() is None:
+            return False
+        log.warning("broker died kind=%s pid=%s status=%s", self.kind, self._process.pid, self._process.returncode)
+        self._start()
+        return True
+
+    def _start(self) -> None:
+        listen = self._settings.listen
+        self.kind, command, template = _choose(self._settings.kind, listen)
+        self._port = self._port or _free_port(listen)
+        if _accepts(self.address):
+            raise BrokerError(
+                f"port {self._port} of {listen} is in use: name that broker with --broker {self.address}, "
+                "or another port with --port"
+            )
+        assert self._folder is not None
+        config = Path(self._folder.name) / "broker.conf"
+        config.write_text(
+            template.format(
+                listen=listen, port=self._port, folder=self._folder.name, max_packet_bytes=frame.MAX_FRAME_BYTES + 1024
+            )
+        )
+        errors = Path(self._folder.name) / "broker.err"
+        with errors.open("wb") as stream:
+            self._process = children.spawn(
+                [*command, str(config)], stdout=stream, stderr=stream, cwd=self._folder.name
+            )
+        self._wait_until_ready(errors)
+        log.info("broker started kind=%s address=%s pid=%s", self.kind, self.address, self._process.pid)
+
+    def _wait_until_ready(self, errors: Path) -> None:
+        assert self._process is not None
+        give_up = time.monotonic() + START_TIMEOUT_S
+        while not _accepts(self.address):
+            status = self._process.poll()
+            if status is not None or time.monotonic() > give_up:
+                last = errors.read_text(errors="replace").strip().splitlines()[-1:]
+                what = f"ended with status {status}" if status is not None else "does not accept connections"
+                raise BrokerError(f"{self.kind} at {self.address} {what}: {' '.join(last) or 'it printed nothing'}")
+            time.sleep(0.02)
+
+
+def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
+    """(kind, command without its configuration file, configuration template)"""
+    mosquitto = shutil.which("mosquitto") or shutil.which("mosquitto", path=EXTRA_PATH)
+    if kind == "mosquitto" or (kind == "auto" and mosquitto):
+        if mosquitto is None:
+            raise BrokerError("mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'")
+        return "mosquitto", [mosquitto, "-c"], MOSQUITTO_CONFIG
+    if not ipaddress.ip_address(listen).is_loopback:
+        raise BrokerError(f"the embedded broker has no access control, so it may not bind {listen}: install mosquitto")
+    if find_spec("iotcore") is None:
+        raise BrokerError("no broker: apt install mosquitto, pip install 'kinflow[broker]', or name one with --broker")
+    return "embedded", [sys.executable, "-m", "iotcore", "--log-level", "CRITICAL", "--config"], EMBEDDED_CONFIG
+
+
+def _accepts(address: BrokerAddress) -> bool:
+    try:
+        with socket.create_connection((address.host, address.port), timeout=0.5):
+            return True
+    except OSError:
+        return False
+
+
+def _free_port(listen: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((listen, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,162 @@
+"""One server process: broker, connection, worker, uplink, advert and retained status, with one lifetime."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+
+from kinflow import frame, topics
+from kinflow.discovery import Advert, Node
+from kinflow.errors import LinkError, SettingsError
+from kinflow.family import Family
+from kinflow.logs import event
+from kinflow.messages import NodeStatus, Tier
+from kinflow.mqtt import BrokerAddress, Connection
+from kinflow.settings import ServerSettings
+from kinflow.uplink import Uplink
+from kinflow_edge.broker import Broker
+from kinflow_edge.model import ServedFamily
+from kinflow_edge.worker import Worker
+
+log = logging.getLogger("kinflow.server")
+
+CONNECT_TIMEOUT_S = 10.0
+# How often the broker is looked after; a status is published at its own interval.
+WATCH_INTERVAL_S = 0.2
+
+
+class Server:
+    """An edge or cloud server. `with Server(tier, settings) as server: server.run(stop)`."""
+
+    def __init__(self, tier: Tier, settings: ServerSettings) -> None:
+        """Opens the bundles; starts nothing. Raises SettingsError, BundleError, FamilyMismatch or BackendError."""
+        if not settings.bundles:
+            raise SettingsError("no bundle to serve: name one as an argument, or in `bundles` of the settings")
+        self.tier = tier
+        self.settings = settings
+        self.node = settings.node or f"{socket.gethostname().split('.')[0]}-{tier}"
+        models: dict[str, ServedFamily] = {}
+        for path in settings.bundles:
+            model = ServedFamily.open(Family.load(path), settings.member or tier, settings.threads)
+            if model.family.id in models:
+                raise SettingsError(f"bundles: {path} is a second bundle of the family {model.family.id!r}")
+            models[model.family.id] = model
+        self._models = models
+        self.broker = Broker(settings.broker)
+        self._stack = ExitStack()
+        self._status_at_s = 0.0
+
+    def __enter__(self) -> Server:
+        with ExitStack() as stack:
+            self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _start(self, stack: ExitStack) -> None:
+        for model in self._models.values():
+            model.warm_up()
+        stack.enter_context(self.broker)
+        uplinks = {family: self._uplink(model) for family, model in self._models.items() if self.settings.upstream}
+        self._connection = Connection(
+            self.broker.address,
+            f"{self.tier}-{self.node}",
+            on_message=lambda topic, data: self.worker.on_message(topic, data),
+            subscriptions=self._subscriptions(),
+            will=(topics.status(self.node), frame.pack(NodeStatus(self.node, self.tier, "offline"))),
+            on_connected=self._renew_status,
+        )
+        self.worker = Worker(
+            self.node, self.tier, self._models, self.settings, publish=self._connection.publish, uplinks=uplinks
+        )
+        self.worker.start()
+        stack.callback(self.worker.close)
+        for uplink in uplinks.values():
+            uplink.start()
+            stack.callback(uplink.close)
+        stack.enter_context(self._connection)
+        stack.callback(self._say_offline)
+        if not self._connection.wait_connected(CONNECT_TIMEOUT_S):
+            raise LinkError(f"the broker at {self.broker.address} does not answer")
+        if self.settings.advertise:
+            stack.enter_context(Advert(self._advert(), interfaces=self._interfaces()))
+
+    def _subscriptions(self) -> list[str]:
+        return [
+            topics.shared_requests(self.tier, family, split)
+            for family, model in self._models.items()
+            for split in model.entries
+        ]
+
+    def run(self, stop: threading.Event, on_broker_restart: Callable[[], None]) -> None:
+        """Look after the broker and the status until `stop` is set."""
+        last_s = time.monotonic()
+        while not stop.wait(WATCH_INTERVAL_S):
+            if self.broker.restart_if_dead():
+                on_broker_restart()
+            now_s = time.monotonic()
+            if now_s >= self._status_at_s:
+                self._publish_status(min(1.0, self.worker.take_busy_s() / (now_s - last_s)))
+                last_s = now_s
+                self._status_at_s = now_s + self.settings.status_interval_s
+
+    def _uplink(self, model: ServedFamily) -> Uplink:
+        if model.next_split is None:
+            raise SettingsError(f"upstream is set, but nothing of {model.family.id} is above this member")
+        codec = model.family.codec(model.next_split).name
+        client_id = f"{self.tier}-{self.node}-{model.family.id}"
+        return Uplink(
+            model.family, model.next_split, codec, client_id, tiers=("cloud",), broker=self.settings.upstream
+        )
+
+    def _renew_status(self) -> None:
+        self._status_at_s = 0.0
+
+    def _publish_status(self, load: float) -> None:
+        self._publish(
+            NodeStatus(
+                node=self.node,
+                tier=self.tier,
+                state="ready",
+                software=version("kinflow"),
+                families=self.worker.families,
+                queue_ms=self.worker.queue_s * 1e3,
+                load=load,
+                served=self.worker.counts["served"],
+                rejected=self.worker.rejected,
+            )
+        )
+
+    def _say_offline(self) -> None:
+        self._publish(NodeStatus(self.node, self.tier, "offline"))
+
+    def _publish(self, status: NodeStatus) -> None:
+        try:
+            self._connection.publish(topics.status(self.node), frame.pack(status), retain=True)
+        except LinkError as exc:  # the broker is away: on_connected renews the status when it is back
+            event(log, logging.INFO, "status not sent", error=str(exc))
+
+    def _interfaces(self) -> list[str]:
+        """Addresses for zeroconf: the settings' ones, else the broker's own; empty means all."""
+        if self.settings.interfaces:
+            return list(self.settings.interfaces)
+        host = self.broker.address.host if self.settings.broker.address else self.settings.broker.listen
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return []
+        return [] if address.is_unspecified else [host]
+
+    def _advert(self) -> Node:
+        families = tuple((model.family.id, model.family.version) for model in self._models.values())
+        address: BrokerAddress = self.broker.address
+        host = address.host if self.settings.broker.address else self.settings.broker.listen
+        return Node(self.node, self.tier, host, address.port, families, version("kinflow"))

@@ -1,0 +1,299 @@
+"""The worker that edge and cloud servers share: admits requests, batches them, computes, answers or escalates.
+
+The network thread unpacks, decodes and admits; one thread of the worker's own runs the graphs and answers. What
+an answer needs of the outside comes in through `publish` and `uplinks`, so the worker owns no socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from kinflow import frame, topics
+from kinflow.codec import Features
+from kinflow.confidence import Reading, read
+from kinflow.errors import BackendError, FamilyMismatch, FrameError, KinflowError, LinkError
+from kinflow.link import Answered
+from kinflow.logs import event
+from kinflow.messages import Busy, Failure, Hop, Reply, Request, Served, Tier
+from kinflow.policy import Keep, NoRoute, Offload, Route, decide
+from kinflow.settings import ServerSettings
+from kinflow.uplink import Uplink
+from kinflow_edge.batcher import Batcher
+from kinflow_edge.model import Entry, ServedFamily
+from kinflow_edge.recent import RecentRequests
+
+log = logging.getLogger("kinflow.worker")
+
+# The reply still has to travel back: a server asks upstream for that much less than what is left.
+REPLY_RESERVE_S = 0.005
+NOTHING_ABOVE = NoRoute("nothing above")
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One admitted request."""
+
+    request: Request
+    model: ServedFamily
+    entry: Entry
+    features: Features
+    arrived_s: float
+    admitted_s: float
+    """When the features were decoded and the job was put into the queue."""
+    due_s: float
+
+
+class Worker:
+    """Serves `models` (by family id) for one node."""
+
+    def __init__(
+        self,
+        node: str,
+        tier: Tier,
+        models: Mapping[str, ServedFamily],
+        settings: ServerSettings,
+        *,
+        publish: Callable[[str, bytes], None],
+        uplinks: Mapping[str, Uplink],
+    ) -> None:
+        self._node = node
+        self._tier = tier
+        self._models = dict(models)
+        self._publish = publish
+        self._uplinks = dict(uplinks)
+        self._batcher: Batcher[Job] = Batcher(
+            size=settings.batch_size, wait_s=settings.batch_wait_ms / 1e3, capacity=settings.queue_size
+        )
+        self._recent = RecentRequests()
+        self.counts: Counter[str] = Counter()
+        """Since the start: served, escalated, busy, repeated, expired, lost, and failed:<code>."""
+        self.batches: Counter[int] = Counter()
+        """How often each batch size was computed."""
+        self._busy_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="kinflow-worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what was admitted, then end."""
+        self._batcher.close()
+        self._thread.join()
+
+    @property
+    def families(self) -> list[Served]:
+        return [model.served() for model in self._models.values()]
+
+    @property
+    def queue_s(self) -> float:
+        return self._batcher.queue_s()
+
+    @property
+    def rejected(self) -> int:
+        return self.counts["busy"] + sum(n for name, n in self.counts.items() if name.startswith("failed:"))
+
+    def take_busy_s(self) -> float:
+        """Seconds spent computing since the last call."""
+        busy_s, self._busy_s = self._busy_s, 0.0
+        return busy_s
+
+    def on_message(self, topic: str, data: bytes) -> None:
+        """Runs on the network thread: never computes, never raises."""
+        arrived_s = time.monotonic()
+        try:
+            message, payload = frame.unpack(data)
+            if not isinstance(message, Request):
+                raise FrameError(f"a {type(message).__name__} came on {topic}, requests are expected there")
+            if not topics.is_reply(message.reply_to):
+                raise FrameError(f"reply_to is {message.reply_to!r}, which is no reply topic")
+        except FrameError as exc:
+            # Nobody to answer: the id and the reply topic are in what could not be read.
+            self.counts[f"failed:{exc.code}"] += 1
+            event(log, logging.WARNING, "refused", code=exc.code, topic=topic, error=str(exc))
+            return
+        try:
+            self._admit(message, payload, arrived_s)
+        except KinflowError as exc:
+            self._fail(message, exc)
+        except Exception as exc:  # the server outlives whatever one request brings
+            log.exception("internal error id=%s", message.id.hex())
+            self._fail(message, KinflowError(f"{type(exc).__name__}: {exc}"))
+
+    def _admit(self, request: Request, payload: bytes, arrived_s: float) -> None:
+        new, reply = self._recent.begin(request.id)
+        if not new:
+            self.counts["repeated"] += 1
+            if reply is not None:
+                self._send(request, reply)
+            return
+        model = self._models.get(request.family)
+        if model is None:
+            raise FamilyMismatch(f"family {request.family!r} is not served here, {sorted(self._models)} are")
+        entry, codec = model.entry(request)
+        queue_s = self._batcher.queue_s()
+        budget_s = request.deadline_ms / 1e3 - REPLY_RESERVE_S
+        if queue_s > budget_s:
+            self._refuse_busy(request, queue_s)
+            return
+        features = codec.decode(payload)
+        job = Job(request, model, entry, features, arrived_s, time.monotonic(), arrived_s + budget_s)
+        if not self._batcher.put(job):
+            self._refuse_busy(request, queue_s)
+
+    def _refuse_busy(self, request: Request, queue_s: float) -> None:
+        self.counts["busy"] += 1
+        self._recent.forget(request.id)
+        event(log, logging.INFO, "busy", id=request.id.hex(), queue_ms=round(queue_s * 1e3, 1))
+        self._send(request, frame.pack(Busy(request.id, self._node, queue_s * 1e3)))
+
+    def _run(self) -> None:
+        while batch := self._batcher.take():
+            start_s = time.monotonic()
+            groups: dict[int, list[Job]] = {}
+            for job in batch:
+                if job.due_s < start_s:
+                    self.counts["expired"] += 1
+                    event(log, logging.INFO, "expired", id=job.request.id.hex())
+                else:
+                    groups.setdefault(id(job.entry), []).append(job)
+            for jobs in groups.values():
+                self._compute(jobs)
+            spent_s = time.monotonic() - start_s
+            self._busy_s += spent_s
+            self._batcher.done(len(batch), spent_s)
+
+    def _compute(self, jobs: Sequence[Job]) -> None:
+        """Run one entry for all jobs, then answer or escalate each."""
+        model, entry = jobs[0].model, jobs[0].entry
+        start_s = time.monotonic()
+        try:
+            output = entry.member.run(np.stack([job.features for job in jobs]))
+        except BackendError as exc:
+            for job in jobs:
+                self._fail(job.request, exc)
+            return
+        compute_ms = (time.monotonic() - start_s) * 1e3
+        self.batches[len(jobs)] += 1
+        for position, job in enumerate(jobs):
+            reading = read(output.logits[position], model.exit.temperature)
+            mine = _Mine(job, reading, output.exit, (start_s - job.admitted_s) * 1e3, compute_ms)
+            try:
+                self._settle(mine, None if output.features is None else output.features[position])
+            except Exception as exc:  # one request must not take the others of its batch with it
+                log.exception("internal error id=%s", job.request.id.hex())
+                self._fail(job.request, KinflowError(f"{type(exc).__name__}: {exc}"))
+
+    def _settle(self, mine: _Mine, features: Features | None) -> None:
+        """Answer with this exit, or send the features further up."""
+        model = mine.job.model
+        if model.next_split is None or features is None:
+            self._reply(mine, Keep("last exit", degraded=False))
+            return
+        uplink = self._uplinks.get(model.family.id)
+        sure = mine.reading.confidence >= model.exit.threshold
+        route = NOTHING_ABOVE if uplink is None or sure else uplink.route()
+        decision = decide(mine.reading.confidence, model.exit.threshold, route, mine.job.due_s - time.monotonic())
+        if isinstance(decision, Offload) and uplink is not None:
+            self._escalate(mine, uplink, decision.route, features)
+        elif isinstance(decision, Keep):
+            self._reply(mine, decision)
+
+    def _escalate(self, mine: _Mine, uplink: Uplink, route: Route, features: Features) -> None:
+        job = mine.job
+        link = uplink.link
+        if link is None:
+            self._reply(mine, Keep("the link upstream was just closed", degraded=True))
+            return
+        self.counts["escalated"] += 1
+        payload = job.model.family.codec(route.split, route.codec).encode(features)
+        request = Request(
+            id=job.request.id,
+            reply_to=link.reply_topic,
+            family=job.request.family,
+            version=job.request.version,
+            split=route.split,
+            codec=route.codec,
+            deadline_ms=max(0.0, job.due_s - time.monotonic()) * 1e3,
+        )
+        future = link.request(uplink.topic(route), request, payload)
+        future.add_done_callback(lambda done: self._relay(mine, done))
+
+    def _relay(self, mine: _Mine, done: Future[Answered]) -> None:
+        """The tier above answered, or did not: runs on the upstream link's thread."""
+        try:
+            answered = done.result()
+        except LinkError as exc:
+            self._reply(mine, Keep(f"{exc.code}: {exc}", degraded=True))
+            return
+        above = answered.reply
+        hops = [mine.hop(self._node, self._tier, answered.bytes_up), *above.hops]
+        self._answer(mine.job, Reply(
+            id=mine.job.request.id,
+            label=above.label,
+            confidence=above.confidence,
+            tier=above.tier,
+            exit=above.exit,
+            degraded=above.degraded,
+            reason=above.reason,
+            hops=hops,
+        ))
+
+    def _reply(self, mine: _Mine, keep: Keep) -> None:
+        self._answer(mine.job, Reply(
+            id=mine.job.request.id,
+            label=mine.reading.label,
+            confidence=min(1.0, mine.reading.confidence),
+            tier=self._tier,
+            exit=mine.exit,
+            degraded=keep.degraded,
+            reason=keep.reason[:512],
+            hops=[mine.hop(self._node, self._tier, 0)],
+        ))
+
+    def _answer(self, job: Job, reply: Reply) -> None:
+        self.counts["served"] += 1
+        data = frame.pack(reply)
+        self._recent.finish(reply.id, data)
+        if log.isEnabledFor(logging.INFO):
+            spent_ms = round((time.monotonic() - job.arrived_s) * 1e3, 2)
+            event(log, logging.INFO, "answered", id=reply.id.hex(), exit=reply.exit, tier=reply.tier, ms=spent_ms)
+        self._send(job.request, data)
+
+    def _fail(self, request: Request, error: KinflowError) -> None:
+        self.counts[f"failed:{error.code}"] += 1
+        event(log, logging.WARNING, "refused", id=request.id.hex(), code=error.code, error=str(error))
+        data = frame.pack(Failure(request.id, self._node, error.code, str(error)[:512]))
+        self._recent.finish(request.id, data)
+        self._send(request, data)
+
+    def _send(self, request: Request, data: bytes) -> None:
+        """A reply that cannot be sent is lost: the device's deadline takes care of it."""
+        try:
+            self._publish(request.reply_to, data)
+        except LinkError as exc:
+            self.counts["lost"] += 1
+            event(log, logging.WARNING, "lost", id=request.id.hex(), error=str(exc))
+
+
+@dataclass(frozen=True, eq=False)
+class _Mine:
+    """What this server found out about one job."""
+
+    job: Job
+    reading: Reading
+    exit: str
+    queue_ms: float
+    compute_ms: float
+
+    def hop(self, node: str, tier: Tier, bytes_up: int) -> Hop:
+        decode_ms = (self.job.admitted_s - self.job.arrived_s) * 1e3
+        total_ms = (time.monotonic() - self.job.arrived_s) * 1e3
+        return Hop(node, tier, decode_ms, self.queue_ms, self.compute_ms, total_ms, bytes_up)

@@ -1,0 +1,43 @@
+"""kinflow: a small device uses a big model's judgement only when it needs it."""
+
+from kinflow.answer import Answer, Timings
+from kinflow.device import Device
+from kinflow.errors import (
+    BackendError,
+    BrokerError,
+    BundleError,
+    CodecError,
+    DiscoveryError,
+    FamilyMismatch,
+    FrameError,
+    InputError,
+    KinflowError,
+    LinkError,
+    SettingsError,
+)
+from kinflow.family import Family
+from kinflow.images import read_image
+from kinflow.settings import DeviceSettings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "BackendError",
+    "BrokerError",
+    "BundleError",
+    "CodecError",
+    "Device",
+    "DeviceSettings",
+    "DiscoveryError",
+    "Family",
+    "FamilyMismatch",
+    "FrameError",
+    "InputError",
+    "KinflowError",
+    "LinkError",
+    "SettingsError",
+    "Timings",
+    "__version__",
+    "read_image",
+]

@@ -1,0 +1,23 @@
+"""Which bundle a command uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kinflow.errors import SettingsError
+
+FAMILIES = Path("families")
+DEFAULT_FAMILY = "fashion"
+
+
+def choose_bundle(bundle: Path | None, family: str | None) -> Path:
+    """`bundle` itself, else families/<family>/bundle below the working directory.
+
+    Raises SettingsError when neither is named and the default one is not there.
+    """
+    if bundle is not None:
+        return bundle
+    path = FAMILIES / (family or DEFAULT_FAMILY) / "bundle"
+    if not path.exists():
+        raise SettingsError(f"there is no bundle at {path}: name one with --bundle PATH")
+    return path

@@ -1,0 +1,202 @@
+"""Device: the one object an app holds.
+
+    with kinflow.Device.open("families/fashion/bundle") as device:
+        answer = device.infer(image)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from kinflow.answer import Answer, Timings
+from kinflow.codec import Features
+from kinflow.confidence import Reading, read
+from kinflow.errors import LinkError, LinkTimeout, SettingsError
+from kinflow.family import Family, Output
+from kinflow.link import Answered, Link
+from kinflow.messages import Request
+from kinflow.policy import Keep, NoRoute, Offload, Route, decide
+from kinflow.preprocess import Preprocessor
+from kinflow.settings import DeviceSettings
+from kinflow.uplink import Uplink
+
+# The reply must still be turned into an Answer: what is left of the deadline for that.
+RESERVE_S = 0.002
+NEVER = NoRoute("offloading is switched off")
+
+
+class Device:
+    """Runs the device member and offloads what it is not sure of. Use it with `with`; safe to share by threads."""
+
+    def __init__(self, family: Family, settings: DeviceSettings | None = None) -> None:
+        """Starts nothing. Raises FamilyMismatch or BackendError when the member cannot run here."""
+        settings = settings or DeviceSettings()
+        self.family = family
+        self.settings = settings
+        self._preprocess = Preprocessor(family.preprocess)
+        self._member = family.member(settings.member, backend=settings.backend, threads=settings.threads)
+        last = self._member.segments[-1]
+        exit_spec = family.manifest.exits[str(last.exit)]
+        self._temperature = exit_spec.temperature
+        self._threshold = exit_spec.threshold if settings.threshold is None else settings.threshold
+        self._client_id = f"device-{os.urandom(6).hex()}"
+        self._uplink: Uplink | None = None
+        if last.split is None:
+            # Nothing above can continue from the last segment: every answer is the family's best.
+            self._threshold = 0.0
+        elif settings.offload:
+            self._codec = family.codec(last.split, settings.codec)
+            self._uplink = Uplink(
+                family,
+                last.split,
+                self._codec.name,
+                self._client_id,
+                tiers=("edge", "cloud"),
+                broker=settings.broker,
+                interfaces=settings.interfaces,
+            )
+        self._pool: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def open(cls, bundle: str | Path, settings: DeviceSettings | None = None) -> Device:
+        """From a bundle's folder or .zip. Raises BundleError, FamilyMismatch or BackendError."""
+        return cls(Family.load(bundle), settings)
+
+    def __enter__(self) -> Device:
+        self._pool = ThreadPoolExecutor(self.settings.workers, thread_name_prefix="kinflow-submit")
+        if self._uplink is not None:
+            self._uplink.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        if self._uplink is not None:
+            self._uplink.close()
+
+    def wait_for_server(self, timeout_s: float) -> bool:
+        """True as soon as a server can be asked. An app need not wait: until then answers are local."""
+        return self._uplink is not None and self._uplink.wait(timeout_s)
+
+    def infer(self, image: Any, *, deadline_s: float | None = None) -> Answer:
+        """One answer, before the deadline.
+
+        `image`: uint8 0…255 or float32 0…1 in the family's size (Preprocessor). `deadline_s`: seconds from now;
+        without it the settings' one. Raises InputError for a bad image and BackendError when the device's own
+        graph fails; trouble above the device never raises, it makes a degraded answer with a reason.
+        """
+        start = time.perf_counter()
+        if deadline_s is None:
+            deadline_s = self.settings.deadline_s
+        elif not deadline_s > 0:
+            raise SettingsError(f"deadline_s must be above 0, got {deadline_s!r}")
+        output = self._member.run(self._preprocess(image))
+        reading = read(output.logits[0], self._temperature)
+        computed = time.perf_counter()
+        # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
+        route = NEVER if self._uplink is None or reading.confidence >= self._threshold else self._uplink.route()
+        remaining_s = deadline_s - (computed - start) - RESERVE_S
+        decision = decide(reading.confidence, self._threshold, route, remaining_s)
+        local = _Local(start, computed, output, reading, os.urandom(16))
+        if isinstance(decision, Offload):
+            return self._offload(local, decision.route, start + deadline_s - RESERVE_S)
+        return self._local_answer(local, decision)
+
+    def submit(self, image: Any, *, deadline_s: float | None = None) -> Future[Answer]:
+        """`infer` on a thread of the device's pool; `asyncio.wrap_future` makes it awaitable."""
+        if self._pool is None:
+            raise SettingsError("the device is not open: use it in a with block")
+        return self._pool.submit(self.infer, image, deadline_s=deadline_s)
+
+    def _local_answer(
+        self, local: _Local, keep: Keep, *, bytes_up: int = 0, encode_ms: float = 0.0, link_ms: float = 0.0
+    ) -> Answer:
+        return Answer(
+            label=self.family.labels[local.reading.label],
+            index=local.reading.label,
+            confidence=local.reading.confidence,
+            tier="device",
+            exit=local.output.exit,
+            degraded=keep.degraded,
+            reason=keep.reason,
+            bytes_up=bytes_up,
+            bytes_down=0,
+            total_ms=(time.perf_counter() - local.start) * 1e3,
+            timings=Timings((local.computed - local.start) * 1e3, encode_ms, link_ms),
+            request_id=local.request_id.hex(),
+        )
+
+    def _offload(self, local: _Local, route: Route, due: float) -> Answer:
+        """Ask the server; whatever goes wrong, the device's own answer is there."""
+        features: Features | None = local.output.features
+        assert self._uplink is not None
+        assert features is not None
+        link = self._uplink.link
+        payload = self._codec.encode(features[0])
+        sent = time.perf_counter()
+        encode_ms = (sent - local.computed) * 1e3
+        try:
+            answered = self._ask(link, route, local.request_id, payload, due - sent)
+        except LinkError as exc:
+            link_ms = (time.perf_counter() - sent) * 1e3
+            keep = Keep(f"{exc.code}: {exc}", degraded=True)
+            return self._local_answer(local, keep, bytes_up=len(payload), encode_ms=encode_ms, link_ms=link_ms)
+        reply = answered.reply
+        done = time.perf_counter()
+        return Answer(
+            label=self.family.labels[reply.label],
+            index=reply.label,
+            confidence=reply.confidence,
+            tier=reply.tier,
+            exit=reply.exit,
+            degraded=reply.degraded,
+            reason=reply.reason,
+            bytes_up=answered.bytes_up,
+            bytes_down=answered.bytes_down,
+            total_ms=(done - local.start) * 1e3,
+            timings=Timings(
+                (local.computed - local.start) * 1e3, encode_ms, (done - sent) * 1e3, tuple(reply.hops)
+            ),
+            request_id=local.request_id.hex(),
+        )
+
+    def _ask(self, link: Link | None, route: Route, request_id: bytes, payload: bytes, remaining_s: float) -> Answered:
+        assert self._uplink is not None
+        if link is None or remaining_s <= 0:
+            raise LinkTimeout("the deadline passed while the features were coded")
+        request = Request(
+            id=request_id,
+            reply_to=link.reply_topic,
+            family=self.family.id,
+            version=self.family.version,
+            split=route.split,
+            codec=route.codec,
+            deadline_ms=remaining_s * 1e3,
+        )
+        future = link.request(self._uplink.topic(route), request, payload)
+        try:
+            answered = future.result(remaining_s)
+        except (FutureTimeoutError, CancelledError) as exc:
+            raise LinkTimeout(f"no reply from {route.node} within {remaining_s * 1e3:.0f} ms") from exc
+        if answered.reply.label >= len(self.family.labels):
+            raise LinkError(f"{route.node} answered with label {answered.reply.label}, the family has fewer")
+        return answered
+
+
+class _Local(NamedTuple):
+    """What the device itself found out about one image."""
+
+    start: float
+    computed: float
+    output: Output
+    reading: Reading
+    request_id: bytes

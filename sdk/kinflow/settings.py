@@ -1,0 +1,125 @@
+"""Settings: frozen structs, read once, in the command, from one TOML file per role.
+
+Looked for, first found wins: the file named by `--settings`, `./kinflow-<role>.toml`,
+`~/.config/kinflow/<role>.toml`, `/etc/kinflow/<role>.toml`; without any, the defaults hold.
+docs/settings.md lists every key; a flag of the command overrides its key.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from kinflow.errors import SettingsError
+from kinflow.manifest import BackendName
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _doc(text: str, **limits: Any) -> msgspec.Meta:
+    return msgspec.Meta(description=text, **limits)
+
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
+class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all below."""
+
+
+class DeviceSettings(_Settings, frozen=True):
+    """Role `device`: the SDK in an app, and `kinflow run`."""
+
+    backend: Annotated[BackendName, _doc("Runtime of the device member: `onnx` or `tflite`.")] = "onnx"
+    member: Annotated[str, _doc("The member that runs here.")] = "device"
+    threads: Annotated[int, _doc("Threads of the runtime.", ge=1, le=64)] = 1
+    deadline_s: Annotated[float, _doc("Default time in which an answer must come, seconds.", gt=0, le=3600)] = 1.0
+    threshold: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
+        _doc("Keep answers at this confidence or above; without it, the bundle's certificate."),
+    ] = None
+    codec: Annotated[str, _doc("Codec of the features that leave; empty: the split's default.")] = ""
+    offload: Annotated[bool, _doc("False: never use the network.")] = True
+    broker: Annotated[str, _doc("`host:port` of a server's broker; empty: find one by zeroconf.")] = ""
+    interfaces: Annotated[list[str], _doc("IPv4 addresses whose networks are searched; empty: all of them.")] = []
+    workers: Annotated[int, _doc("How many `submit()` calls run at the same time.", ge=1, le=256)] = 4
+
+
+class BrokerSettings(_Settings, frozen=True):
+    """The MQTT broker that a server uses: a running one, or one that it starts and stops itself."""
+
+    address: Annotated[str, _doc("`host:port` of a running broker; empty: start one.")] = ""
+    kind: Annotated[
+        str,
+        _doc("What to start: `mosquitto`, `embedded`, or `auto` (mosquitto where installed).",
+             pattern="^(auto|mosquitto|embedded)$"),
+    ] = "auto"
+    listen: Annotated[str, _doc("IPv4 address that the started broker binds. Loopback unless told otherwise.")] = "127.0.0.1"
+    port: Annotated[Port, _doc("Port that the started broker binds; 0: any free one.")] = 1883
+
+
+class ServerSettings(_Settings, frozen=True):
+    """Roles `edge` and `cloud`."""
+
+    node: Annotated[
+        str, _doc("Name of this server, unique on its network; empty: host name and tier.", pattern=r"^[A-Za-z0-9._-]{0,64}$")
+    ] = ""
+    bundles: Annotated[list[str], _doc("Bundles to serve: folders or .zip files.")] = []
+    member: Annotated[str, _doc("Member to run; empty: the one named like the tier.")] = ""
+    threads: Annotated[int, _doc("Threads of the runtime.", ge=1, le=256)] = 1
+    batch_size: Annotated[int, _doc("Most requests computed as one batch.", ge=1, le=1024)] = 16
+    batch_wait_ms: Annotated[
+        float, _doc("How long a batch that is not full waits for more; 0: take what has come meanwhile.", ge=0, le=1000)
+    ] = 0.0
+    queue_size: Annotated[int, _doc("Most requests waiting; above it the answer is Busy.", ge=1, le=100_000)] = 1024
+    upstream: Annotated[str, _doc("`host:port` of the next tier's broker; empty: nothing above.")] = ""
+    advertise: Annotated[bool, _doc("Announce this server by zeroconf.")] = True
+    interfaces: Annotated[
+        list[str], _doc("IPv4 addresses announced and used for zeroconf; empty: those that the broker binds.")
+    ] = []
+    status_interval_s: Annotated[float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)] = 1.0
+    broker: Annotated[BrokerSettings, _doc("The broker this server uses.")] = BrokerSettings()
+
+
+S = TypeVar("S", bound=_Settings)
+
+
+def search_paths(role: str) -> list[Path]:
+    """Where a role's settings file is looked for, in order."""
+    name = f"{role}.toml"
+    return [Path(f"kinflow-{name}"), Path.home() / ".config/kinflow" / name, Path("/etc/kinflow") / name]
+
+
+def load(role: str, kind: type[S], file: Path | None = None, **flags: Any) -> S:
+    """The settings of `role`: the file's keys, overridden by the flags that are not None.
+
+    A flag's name is its key; a key of a table is written `table__key`. Raises SettingsError that names the file,
+    the key and the value.
+    """
+    path = file or next((path for path in search_paths(role) if path.is_file()), None)
+    keys: dict[str, Any] = {}
+    if path is not None:
+        try:
+            keys = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as exc:
+            raise SettingsError(f"{path}: {exc.strerror}") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise SettingsError(f"{path}: not valid TOML: {exc}") from exc
+    source = str(path) if path is not None else "flags"
+    for name, value in flags.items():
+        if value is not None:
+            table, _, key = name.rpartition("__")
+            target = keys.setdefault(table, {}) if table else keys
+            if not isinstance(target, dict):
+                raise SettingsError(f"{source}: {table} must be a table")
+            target[key] = value
+    try:
+        return msgspec.convert(keys, kind)
+    except msgspec.ValidationError as exc:
+        raise SettingsError(f"{source}: {exc} (docs/settings.md lists the keys)") from exc

@@ -1,0 +1,119 @@
+"""PUBLISH packets over a non-blocking socket: what does not fit waits, what is not complete is kept."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+
+from kinflow.packet import MAX_FIXED_HEADER_BYTES, is_publish, packet_bytes
+
+log = logging.getLogger("kinflow.link")
+
+
+class OtherPacket(Exception):  # noqa: N818 - it names what happened
+    """What comes next is not a PUBLISH at QoS 0, or the end of the stream."""
+
+
+class Outbox:
+    """Packets on their way out, in order. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[memoryview] = deque()
+        self.size = 0
+        """Bytes that wait."""
+        self.begun = False
+        """Whether the first packet that waits is on the wire in part: then nothing else may be sent."""
+
+    def send(self, sock: socket.socket, header: bytes, payload: bytes) -> bool:
+        """Send, after what waits already; whether nothing waits afterwards. Lets the socket's OSError through."""
+        if self._waiting:
+            self.keep(header, payload)
+            return self.flush(sock)
+        try:
+            sent = sock.sendmsg((header, payload))
+        except BlockingIOError:
+            sent = 0
+        if sent == len(header) + len(payload):
+            return True
+        self.keep(header, payload)
+        self._took(sent)
+        return False
+
+    def keep(self, header: bytes, payload: bytes) -> None:
+        """Let a packet wait for `flush`."""
+        self._waiting.append(memoryview(b"".join((header, payload))))
+        self.size += len(header) + len(payload)
+
+    def flush(self, sock: socket.socket) -> bool:
+        """Send what waits; whether nothing does any more. Lets the socket's OSError through."""
+        while self._waiting:
+            try:
+                self._took(sock.send(self._waiting[0]))
+            except BlockingIOError:
+                return False
+        return True
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
+        self.size = 0
+        self.begun = False
+
+    def _took(self, sent: int) -> None:
+        self.size -= sent
+        if sent == len(self._waiting[0]):
+            self._waiting.popleft()
+            self.begun = False
+        else:
+            self._waiting[0] = self._waiting[0][sent:]
+            self.begun = self.begun or sent > 0
+
+
+class Inbox:
+    """The PUBLISH that is being received. One over `limit_bytes` is received and thrown away. Not thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._left = 0
+        self._packet = bytearray()
+
+    @property
+    def inside_packet(self) -> bool:
+        """Whether the next byte of the socket belongs to a packet that was begun."""
+        return self._left > 0
+
+    def receive(self, sock: socket.socket) -> bytearray | None:
+        """A whole PUBLISH, None when it is not all there.
+
+        Raises OtherPacket (and leaves that packet on the socket), FrameError when the stream is not MQTT, and
+        lets the socket's OSError through.
+        """
+        try:
+            if self._left == 0:
+                # Looked at, not taken: whatever is not for us stays whole for paho.
+                head = sock.recv(MAX_FIXED_HEADER_BYTES, socket.MSG_PEEK)
+                size = packet_bytes(head) if head and is_publish(head[0]) else None
+                if size is None:
+                    raise OtherPacket
+                self._left = size
+                self._packet = bytearray(min(size, self._limit_bytes))
+            return self._receive_more(sock)
+        except BlockingIOError:
+            return None
+
+    def clear(self) -> None:
+        """Forget what was received."""
+        self._left = 0
+        self._packet = bytearray()
+
+    def _receive_more(self, sock: socket.socket) -> bytearray | None:
+        view = memoryview(self._packet)
+        count = sock.recv_into(view[-self._left :])
+        if count == 0:
+            raise ConnectionResetError("the connection ended inside a packet")
+        self._left -= count
+        if self._left:
+            return None
+        whole, self._packet = self._packet, bytearray()
+        return whole
