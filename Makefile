@@ -46,7 +46,7 @@ setup-builder: .venv/.builder
 
 # Needs uv. One file for all supported Pythons and processors; torch is pinned by hand to its CPU build.
 lock:
-	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header pyproject.toml --extra tflite --extra bench -o locks/run.txt
+	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header pyproject.toml --extra tflite --extra bench -c locks/constraints.txt -o locks/run.txt
 	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header pyproject.toml --extra dev -c locks/run.txt -o locks/dev.txt
 	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header locks/builder.in -c locks/run.txt -o locks/builder.txt
 	echo "torch==2.13.0+cpu" >> locks/builder.txt

@@ -16,7 +16,9 @@ BATCH = 100
 Array = npt.NDArray[np.float32]
 
 
-def run(bundle: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], backend: BackendName) -> dict[str, Any]:
+def run(
+    bundle: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], backend: BackendName
+) -> dict[str, Any]:
     """Top-1 in percent. `images` uint8 [n, height, width] or [n, height, width, 3]."""
     family = Family.load(bundle)
     prepare = Preprocessor(family.preprocess)

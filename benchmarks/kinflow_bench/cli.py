@@ -12,7 +12,9 @@ import typer
 from kinflow.manifest import BackendName
 from kinflow_bench.timing import machine
 
-app = typer.Typer(help="Measure what the project claims; each prints the figure under `ratio` and all beside it.")
+app = typer.Typer(
+    help="Measure what the project claims; each prints the figure under `ratio` and all beside it."
+)
 
 FASHION = Path("families/fashion")
 Family = Annotated[Path, typer.Argument(help="Folder of a family, or its bundle.")]
@@ -63,7 +65,9 @@ def footprint(family: Family = FASHION, rounds: Rounds = 5, as_json: Json = Fals
 @app.command()
 def accuracy(
     family: Family = FASHION,
-    data: Annotated[Path | None, typer.Option(help="Folder with the test images.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the test images.", show_default=False)
+    ] = None,
     backend: Annotated[str, typer.Option(help="Runtime of the device member: onnx or tflite.")] = "onnx",
     as_json: Json = False,
 ) -> None:

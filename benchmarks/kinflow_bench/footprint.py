@@ -20,7 +20,8 @@ _REPORT = """
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"import_s": import_s, "rss_mb": int(peak) * 1024 / 1e6}))
 """
-KINFLOW = """
+KINFLOW = (
+    """
 import json, sys, time
 start = time.perf_counter()
 import kinflow
@@ -31,8 +32,11 @@ with kinflow.Device.open(sys.argv[1], settings) as device:
     spec = device.family.preprocess
     shape = (spec.height, spec.width) if spec.mode == "L" else (spec.height, spec.width, 3)
     device.infer(np.zeros(shape, np.uint8))
-""" + _REPORT
-BARE = """
+"""
+    + _REPORT
+)
+BARE = (
+    """
 import json, sys, time
 start = time.perf_counter()
 import numpy as np
@@ -43,7 +47,9 @@ options.intra_op_num_threads = 1
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 node = session.get_inputs()[0]
 session.run(None, {node.name: np.zeros([n if isinstance(n, int) else 1 for n in node.shape], np.float32)})
-""" + _REPORT
+"""
+    + _REPORT
+)
 
 
 def run(bundle: Path, rounds: int) -> dict[str, Any]:
@@ -57,7 +63,10 @@ def run(bundle: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, (script, argument) in sides.items():
             seen[name].append(_child(script, argument))
-    disk = {"kinflow": _installed({"kinflow": ("onnx",)}), "bare": _installed({"onnxruntime": (), "numpy": ()})}
+    disk = {
+        "kinflow": _installed({"kinflow": ("onnx",)}),
+        "bare": _installed({"onnxruntime": (), "numpy": ()}),
+    }
     figures = {
         name: {
             "disk_mb": sum(disk[name].values()) / MEGABYTE,
@@ -74,7 +83,9 @@ def run(bundle: Path, rounds: int) -> dict[str, Any]:
 
 
 def _child(script: str, argument: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, argument], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise BackendError(f"a measured script failed: {done.stderr.strip()[-300:]}")
     figures: dict[str, float] = json.loads(done.stdout)
@@ -115,6 +126,8 @@ def _needed(requirement: str, extras: tuple[str, ...]) -> tuple[str, tuple[str, 
 
     parsed = Requirement(requirement)
     environments = [{"extra": extra} for extra in (*extras, "")]
-    if parsed.marker is not None and not any(parsed.marker.evaluate(environment) for environment in environments):
+    if parsed.marker is not None and not any(
+        parsed.marker.evaluate(environment) for environment in environments
+    ):
         return None
     return parsed.name, tuple(parsed.extras)

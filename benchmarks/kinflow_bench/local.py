@@ -25,7 +25,12 @@ def run(bundle: Path, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ten = synthetic.write(Path(folder) / "ten", _shape_of(TARGET_MS, Path(folder)))
         family, made = _compare(bundle, rounds), _compare(ten, rounds)
-    return {"ratio": family["ratio"], "ratio_10ms": made["ratio"], "device_member": family, "graph_10ms": made}
+    return {
+        "ratio": family["ratio"],
+        "ratio_10ms": made["ratio"],
+        "device_member": family,
+        "graph_10ms": made,
+    }
 
 
 def _compare(bundle: Path, rounds: int) -> dict[str, Any]:
@@ -37,7 +42,9 @@ def _compare(bundle: Path, rounds: int) -> dict[str, Any]:
     graph = family.manifest.segments[family.manifest.members["device"].segments[0]].graphs["onnx"]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(family.files[graph.file.path], options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        family.files[graph.file.path], options, providers=["CPUExecutionProvider"]
+    )
 
     # threshold 0 keeps every answer: what is measured is the path of a confident one, offloading switched on.
     settings = DeviceSettings(threshold=0.0, broker="127.0.0.1:9")

@@ -27,7 +27,9 @@ def run(rounds: int, broker_kind: str) -> dict[str, Any]:
     sizes = {}
     for kilobytes, side in SIDES.items():
         with tempfile.TemporaryDirectory() as folder:
-            sizes[str(kilobytes)] = _measure(synthetic.write(Path(folder), synthetic.Shape(side)), side, rounds, broker_kind)
+            sizes[str(kilobytes)] = _measure(
+                synthetic.write(Path(folder), synthetic.Shape(side)), side, rounds, broker_kind
+            )
     return {
         "ratio": {size: figures["ratio"] for size, figures in sizes.items()},
         "ratio_reply_sized": {size: figures["ratio_reply_sized"] for size, figures in sizes.items()},

@@ -61,7 +61,9 @@ def write(folder: Path, shape: Shape) -> Path:
         preprocess=manifest.Preprocess("L", shape.side, shape.side, [0.0], [1.0], "stretch"),
         splits={SPLIT: manifest.Split(features, {CODEC: codec}, CODEC)},
         segments={
-            "trunk0": _segment(folder, "trunk0", _device_graph(shape), "input", SPLIT, "device", image, features),
+            "trunk0": _segment(
+                folder, "trunk0", _device_graph(shape), "input", SPLIT, "device", image, features
+            ),
             "trunk1": _segment(folder, "trunk1", _server_graph(shape), SPLIT, None, "cloud", features, None),
         },
         exits={"device": exits, "cloud": msgspec.structs.replace(exits, threshold=0.0)},
@@ -107,7 +109,9 @@ def _device_graph(shape: Shape) -> bytes:
         nodes.append(helper.make_node("Conv", [last, f"w{n}"], [f"c{n}"], pads=[1, 1, 1, 1]))
         nodes.append(helper.make_node("Relu", [f"c{n}"], [f"r{n}"]))
         last, width = f"r{n}", shape.width
-    return _model(nodes, weights, last, width, [1, shape.side, shape.side], [shape.channels, shape.side, shape.side])
+    return _model(
+        nodes, weights, last, width, [1, shape.side, shape.side], [shape.channels, shape.side, shape.side]
+    )
 
 
 def _server_graph(shape: Shape) -> bytes:

@@ -36,7 +36,14 @@ def run(bundle: Path, rounds: int, batch_size: int, batch_wait_ms: float, broker
     features = _features(family, split)
     bare: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     served: list[float] = []
-    options = ("--batch-size", str(batch_size), "--batch-wait-ms", str(batch_wait_ms), "--broker-kind", broker_kind)
+    options = (
+        "--batch-size",
+        str(batch_size),
+        "--batch-wait-ms",
+        str(batch_wait_ms),
+        "--broker-kind",
+        broker_kind,
+    )
     with Fleet([bundle]) as fleet:
         server = fleet.start("cloud", "--no-advertise", *options)
         with Link(BrokerAddress.parse(server.broker), f"bench-{os.getpid()}") as link:
@@ -118,7 +125,7 @@ class _Load:
             window.acquire()
             request = Request(
                 id=os.urandom(16),
-                reply_to=self._link.reply_topic,
+                client=self._link.client_id,
                 family=self._family.id,
                 version=self._family.version,
                 split=self._split,

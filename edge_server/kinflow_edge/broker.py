@@ -108,7 +108,9 @@ class Broker:
         """Start it again when the process ended by itself. True when that was so."""
         if self._process is None or self._process.poll() is None:
             return False
-        log.warning("broker died kind=%s pid=%s status=%s", self.kind, self._process.pid, self._process.returncode)
+        log.warning(
+            "broker died kind=%s pid=%s status=%s", self.kind, self._process.pid, self._process.returncode
+        )
         self._start()
         return True
 
@@ -125,7 +127,10 @@ class Broker:
         config = Path(self._folder.name) / "broker.conf"
         config.write_text(
             template.format(
-                listen=listen, port=self._port, folder=self._folder.name, max_packet_bytes=frame.MAX_FRAME_BYTES + 1024
+                listen=listen,
+                port=self._port,
+                folder=self._folder.name,
+                max_packet_bytes=frame.MAX_FRAME_BYTES + 1024,
             )
         )
         errors = Path(self._folder.name) / "broker.err"
@@ -144,7 +149,9 @@ class Broker:
             if status is not None or time.monotonic() > give_up:
                 last = errors.read_text(errors="replace").strip().splitlines()[-1:]
                 what = f"ended with status {status}" if status is not None else "does not accept connections"
-                raise BrokerError(f"{self.kind} at {self.address} {what}: {' '.join(last) or 'it printed nothing'}")
+                raise BrokerError(
+                    f"{self.kind} at {self.address} {what}: {' '.join(last) or 'it printed nothing'}"
+                )
             time.sleep(0.02)
 
 
@@ -153,13 +160,23 @@ def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
     mosquitto = shutil.which("mosquitto") or shutil.which("mosquitto", path=EXTRA_PATH)
     if kind == "mosquitto" or (kind == "auto" and mosquitto):
         if mosquitto is None:
-            raise BrokerError("mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'")
+            raise BrokerError(
+                "mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'"
+            )
         return "mosquitto", [mosquitto, "-c"], MOSQUITTO_CONFIG
     if not ipaddress.ip_address(listen).is_loopback:
-        raise BrokerError(f"the embedded broker has no access control, so it may not bind {listen}: install mosquitto")
+        raise BrokerError(
+            f"the embedded broker has no access control, so it may not bind {listen}: install mosquitto"
+        )
     if find_spec("iotcore") is None:
-        raise BrokerError("no broker: apt install mosquitto, pip install 'kinflow[broker]', or name one with --broker")
-    return "embedded", [sys.executable, "-m", "iotcore", "--log-level", "CRITICAL", "--config"], EMBEDDED_CONFIG
+        raise BrokerError(
+            "no broker: apt install mosquitto, pip install 'kinflow[broker]', or name one with --broker"
+        )
+    return (
+        "embedded",
+        [sys.executable, "-m", "iotcore", "--log-level", "CRITICAL", "--config"],
+        EMBEDDED_CONFIG,
+    )
 
 
 def _accepts(address: BrokerAddress) -> bool:

@@ -15,21 +15,32 @@ from kinflow import settings
 from kinflow.messages import Tier
 from kinflow_edge.server import Server
 
-Bundles = Annotated[list[str] | None, typer.Argument(help="Bundles to serve: folders or .zip files.", show_default=False)]
+Bundles = Annotated[
+    list[str] | None, typer.Argument(help="Bundles to serve: folders or .zip files.", show_default=False)
+]
 SettingsFile = Annotated[
     Path | None,
-    typer.Option("--settings", help="TOML file; else ./kinflow-ROLE.toml, ~/.config/kinflow/ROLE.toml, /etc/kinflow/ROLE.toml."),
+    typer.Option(
+        "--settings",
+        help="TOML file; else ./kinflow-ROLE.toml, ~/.config/kinflow/ROLE.toml, /etc/kinflow/ROLE.toml.",
+    ),
 ]
 NodeName = Annotated[str | None, typer.Option("--node", help="Name of this server on its network.")]
 Member = Annotated[str | None, typer.Option(help="Member to run, if not the one named like the tier.")]
 Listen = Annotated[str | None, typer.Option(help="IPv4 address that the started broker binds (127.0.0.1).")]
 Port = Annotated[int | None, typer.Option(help="Port that the started broker binds (1883); 0: any free one.")]
-BrokerOption = Annotated[str | None, typer.Option("--broker", help="host:port of a running broker to use instead.")]
+BrokerOption = Annotated[
+    str | None, typer.Option("--broker", help="host:port of a running broker to use instead.")
+]
 BrokerKind = Annotated[str | None, typer.Option(help="What to start: mosquitto, embedded or auto.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime (1).")]
 BatchSize = Annotated[int | None, typer.Option(help="Most requests computed as one batch (16).")]
-BatchWait = Annotated[float | None, typer.Option("--batch-wait-ms", help="How long a batch waits to fill up (0).")]
-Advertise = Annotated[bool | None, typer.Option("--advertise/--no-advertise", help="Announce by zeroconf (yes).")]
+BatchWait = Annotated[
+    float | None, typer.Option("--batch-wait-ms", help="How long a batch waits to fill up (0).")
+]
+Advertise = Annotated[
+    bool | None, typer.Option("--advertise/--no-advertise", help="Announce by zeroconf (yes).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines on standard output.")]
 
 

@@ -39,11 +39,15 @@ class ServedFamily:
         """Raises FamilyMismatch when the member has no split to continue from, BackendError when it does not run."""
         spec = family.manifest.members.get(member)
         if spec is None:
-            raise FamilyMismatch(f"{family.id} has the members {sorted(family.manifest.members)}, not {member!r}")
+            raise FamilyMismatch(
+                f"{family.id} has the members {sorted(family.manifest.members)}, not {member!r}"
+            )
         segments = [family.manifest.segments[name] for name in spec.segments]
         splits = [segment.source for segment in segments if segment.source != INPUT]
         if not splits:
-            raise FamilyMismatch(f"member {member!r} of {family.id} begins at the input: no server can continue it")
+            raise FamilyMismatch(
+                f"member {member!r} of {family.id} begins at the input: no server can continue it"
+            )
         entries = {}
         for split in splits:
             codecs = {name: family.codec(split, name) for name in family.manifest.splits[split].codecs}
@@ -77,5 +81,7 @@ class ServedFamily:
             raise FamilyMismatch(f"split {request.split!r} is not served here, {sorted(self.entries)} are")
         codec = entry.codecs.get(request.codec)
         if codec is None:
-            raise FamilyMismatch(f"codec {request.codec!r} is unknown at {request.split}, {sorted(entry.codecs)} are known")
+            raise FamilyMismatch(
+                f"codec {request.codec!r} is unknown at {request.split}, {sorted(entry.codecs)} are known"
+            )
         return entry, codec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import socket
 import threading
 import time
@@ -37,10 +38,12 @@ class Server:
     def __init__(self, tier: Tier, settings: ServerSettings) -> None:
         """Opens the bundles; starts nothing. Raises SettingsError, BundleError, FamilyMismatch or BackendError."""
         if not settings.bundles:
-            raise SettingsError("no bundle to serve: name one as an argument, or in `bundles` of the settings")
+            raise SettingsError(
+                "no bundle to serve: name one as an argument, or in `bundles` of the settings"
+            )
         self.tier = tier
         self.settings = settings
-        self.node = settings.node or f"{socket.gethostname().split('.')[0]}-{tier}"
+        self.node = settings.node or f"{socket.gethostname().split('.')[0][:32]}-{tier}"
         models: dict[str, ServedFamily] = {}
         for path in settings.bundles:
             model = ServedFamily.open(Family.load(path), settings.member or tier, settings.threads)
@@ -65,17 +68,24 @@ class Server:
         for model in self._models.values():
             model.warm_up()
         stack.enter_context(self.broker)
-        uplinks = {family: self._uplink(model) for family, model in self._models.items() if self.settings.upstream}
+        uplinks = {
+            family: self._uplink(model) for family, model in self._models.items() if self.settings.upstream
+        }
         self._connection = Connection(
             self.broker.address,
-            f"{self.tier}-{self.node}",
+            _client_id(self.tier),
             on_message=lambda topic, data: self.worker.on_message(topic, data),
             subscriptions=self._subscriptions(),
             will=(topics.status(self.node), frame.pack(NodeStatus(self.node, self.tier, "offline"))),
             on_connected=self._renew_status,
         )
         self.worker = Worker(
-            self.node, self.tier, self._models, self.settings, publish=self._connection.publish, uplinks=uplinks
+            self.node,
+            self.tier,
+            self._models,
+            self.settings,
+            publish=self._connection.publish,
+            uplinks=uplinks,
         )
         self.worker.start()
         stack.callback(self.worker.close)
@@ -112,9 +122,13 @@ class Server:
         if model.next_split is None:
             raise SettingsError(f"upstream is set, but nothing of {model.family.id} is above this member")
         codec = model.family.codec(model.next_split).name
-        client_id = f"{self.tier}-{self.node}-{model.family.id}"
         return Uplink(
-            model.family, model.next_split, codec, client_id, tiers=("cloud",), broker=self.settings.upstream
+            model.family,
+            model.next_split,
+            codec,
+            _client_id(self.tier),
+            tiers=("cloud",),
+            broker=self.settings.upstream,
         )
 
     def _renew_status(self) -> None:
@@ -160,3 +174,8 @@ class Server:
         address: BrokerAddress = self.broker.address
         host = address.host if self.settings.broker.address else self.settings.broker.listen
         return Node(self.node, self.tier, host, address.port, families, version("kinflow"))
+
+
+def _client_id(tier: Tier) -> str:
+    """Unique: two clients with one id would take the broker's session from each other forever."""
+    return f"{tier}-{os.urandom(6).hex()}"

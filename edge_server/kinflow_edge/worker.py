@@ -112,8 +112,6 @@ class Worker:
             message, payload = frame.unpack(data)
             if not isinstance(message, Request):
                 raise FrameError(f"a {type(message).__name__} came on {topic}, requests are expected there")
-            if not topics.is_reply(message.reply_to):
-                raise FrameError(f"reply_to is {message.reply_to!r}, which is no reply topic")
         except FrameError as exc:
             # Nobody to answer: the id and the reply topic are in what could not be read.
             self.counts[f"failed:{exc.code}"] += 1
@@ -200,7 +198,9 @@ class Worker:
         uplink = self._uplinks.get(model.family.id)
         sure = mine.reading.confidence >= model.exit.threshold
         route = NOTHING_ABOVE if uplink is None or sure else uplink.route()
-        decision = decide(mine.reading.confidence, model.exit.threshold, route, mine.job.due_s - time.monotonic())
+        decision = decide(
+            mine.reading.confidence, model.exit.threshold, route, mine.job.due_s - time.monotonic()
+        )
         if isinstance(decision, Offload) and uplink is not None:
             self._escalate(mine, uplink, decision.route, features)
         elif isinstance(decision, Keep):
@@ -216,7 +216,7 @@ class Worker:
         payload = job.model.family.codec(route.split, route.codec).encode(features)
         request = Request(
             id=job.request.id,
-            reply_to=link.reply_topic,
+            client=link.client_id,
             family=job.request.family,
             version=job.request.version,
             split=route.split,
@@ -235,28 +235,34 @@ class Worker:
             return
         above = answered.reply
         hops = [mine.hop(self._node, self._tier, answered.bytes_up), *above.hops]
-        self._answer(mine.job, Reply(
-            id=mine.job.request.id,
-            label=above.label,
-            confidence=above.confidence,
-            tier=above.tier,
-            exit=above.exit,
-            degraded=above.degraded,
-            reason=above.reason,
-            hops=hops,
-        ))
+        self._answer(
+            mine.job,
+            Reply(
+                id=mine.job.request.id,
+                label=above.label,
+                confidence=above.confidence,
+                tier=above.tier,
+                exit=above.exit,
+                degraded=above.degraded,
+                reason=above.reason,
+                hops=hops,
+            ),
+        )
 
     def _reply(self, mine: _Mine, keep: Keep) -> None:
-        self._answer(mine.job, Reply(
-            id=mine.job.request.id,
-            label=mine.reading.label,
-            confidence=min(1.0, mine.reading.confidence),
-            tier=self._tier,
-            exit=mine.exit,
-            degraded=keep.degraded,
-            reason=keep.reason[:512],
-            hops=[mine.hop(self._node, self._tier, 0)],
-        ))
+        self._answer(
+            mine.job,
+            Reply(
+                id=mine.job.request.id,
+                label=mine.reading.label,
+                confidence=min(1.0, mine.reading.confidence),
+                tier=self._tier,
+                exit=mine.exit,
+                degraded=keep.degraded,
+                reason=keep.reason[:512],
+                hops=[mine.hop(self._node, self._tier, 0)],
+            ),
+        )
 
     def _answer(self, job: Job, reply: Reply) -> None:
         self.counts["served"] += 1
@@ -264,7 +270,15 @@ class Worker:
         self._recent.finish(reply.id, data)
         if log.isEnabledFor(logging.INFO):
             spent_ms = round((time.monotonic() - job.arrived_s) * 1e3, 2)
-            event(log, logging.INFO, "answered", id=reply.id.hex(), exit=reply.exit, tier=reply.tier, ms=spent_ms)
+            event(
+                log,
+                logging.INFO,
+                "answered",
+                id=reply.id.hex(),
+                exit=reply.exit,
+                tier=reply.tier,
+                ms=spent_ms,
+            )
         self._send(job.request, data)
 
     def _fail(self, request: Request, error: KinflowError) -> None:
@@ -277,7 +291,7 @@ class Worker:
     def _send(self, request: Request, data: bytes) -> None:
         """A reply that cannot be sent is lost: the device's deadline takes care of it."""
         try:
-            self._publish(request.reply_to, data)
+            self._publish(topics.reply(request.client), data)
         except LinkError as exc:
             self.counts["lost"] += 1
             event(log, logging.WARNING, "lost", id=request.id.hex(), error=str(exc))

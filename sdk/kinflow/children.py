@@ -38,7 +38,7 @@ def stop(process: subprocess.Popen[bytes], timeout_s: float = STOP_TIMEOUT_S) ->
 def _prctl() -> Callable[[int, int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
-    return ctypes.CDLL(None).prctl  # type: ignore[no-any-return]
+    return ctypes.CDLL(None).prctl
 
 
 # Looked up before any fork: between fork and exec as little as possible may happen.

@@ -47,7 +47,9 @@ class UniformRansCodec:
     frequencies: npt.NDArray[np.uint16]
 
     @classmethod
-    def from_spec(cls, name: str, shape: tuple[int, int, int], spec: CodecSpec, table: bytes) -> UniformRansCodec:
+    def from_spec(
+        cls, name: str, shape: tuple[int, int, int], spec: CodecSpec, table: bytes
+    ) -> UniformRansCodec:
         """Raises CodecError when the table and the numbers do not fit the split's shape."""
         channels = shape[0]
         if len(spec.step) != channels or len(spec.zero) != channels:
@@ -55,7 +57,9 @@ class UniformRansCodec:
                 f"codec {name!r}: step and zero need {channels} entries, have {len(spec.step)} and {len(spec.zero)}"
             )
         if len(table) != channels * SYMBOLS * 2:
-            raise CodecError(f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}")
+            raise CodecError(
+                f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}"
+            )
         frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
         if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
             raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")

@@ -1,7 +1,7 @@
 """Device: the one object an app holds.
 
-    with kinflow.Device.open("families/fashion/bundle") as device:
-        answer = device.infer(image)
+with kinflow.Device.open("families/fashion/bundle") as device:
+    answer = device.infer(image)
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Device:
         reading = read(output.logits[0], self._temperature)
         computed = time.perf_counter()
         # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
-        route = NEVER if self._uplink is None or reading.confidence >= self._threshold else self._uplink.route()
+        route = (
+            NEVER if self._uplink is None or reading.confidence >= self._threshold else self._uplink.route()
+        )
         remaining_s = deadline_s - (computed - start) - RESERVE_S
         decision = decide(reading.confidence, self._threshold, route, remaining_s)
         local = _Local(start, computed, output, reading, os.urandom(16))
@@ -149,7 +151,9 @@ class Device:
         except LinkError as exc:
             link_ms = (time.perf_counter() - sent) * 1e3
             keep = Keep(f"{exc.code}: {exc}", degraded=True)
-            return self._local_answer(local, keep, bytes_up=len(payload), encode_ms=encode_ms, link_ms=link_ms)
+            return self._local_answer(
+                local, keep, bytes_up=len(payload), encode_ms=encode_ms, link_ms=link_ms
+            )
         reply = answered.reply
         done = time.perf_counter()
         return Answer(
@@ -169,13 +173,15 @@ class Device:
             request_id=local.request_id.hex(),
         )
 
-    def _ask(self, link: Link | None, route: Route, request_id: bytes, payload: bytes, remaining_s: float) -> Answered:
+    def _ask(
+        self, link: Link | None, route: Route, request_id: bytes, payload: bytes, remaining_s: float
+    ) -> Answered:
         assert self._uplink is not None
         if link is None or remaining_s <= 0:
             raise LinkTimeout("the deadline passed while the features were coded")
         request = Request(
             id=request_id,
-            reply_to=link.reply_topic,
+            client=link.client_id,
             family=self.family.id,
             version=self.family.version,
             split=route.split,

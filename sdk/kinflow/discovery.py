@@ -91,7 +91,12 @@ class _Attached(ABC):
         return tuple(sorted(set(self._interfaces or present) & set(present)))
 
     def _watch(self) -> None:
+        warned = False
         while not self._stop.wait(WATCH_INTERVAL_S):
+            # Not at the start: check() tells whoever wants to know, and a network may come a little later.
+            if self._error is not None and not warned:
+                event(log, logging.WARNING, "discovery unavailable", error=self._error)
+            warned = self._error is not None
             if self._error is not None or self._moved():
                 self._detach()
                 self._attach()
@@ -117,11 +122,11 @@ class _Attached(ABC):
             error = exc
             if not isinstance(error, DiscoveryError):
                 error = DiscoveryError(f"zeroconf cannot start: {exc!r}")
-            if self._error is None:  # once, not at every retry
-                event(log, logging.WARNING, "unavailable", error=error)
             self._error = error
             self._detach()
         else:
+            if self._error is not None:
+                event(log, logging.INFO, "discovery available", addresses=list(self._addresses))
             self._error = None
 
     def _detach(self) -> None:

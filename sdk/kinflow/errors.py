@@ -1,20 +1,20 @@
 """Every error kinflow raises on purpose, and the code it travels under on the wire.
 
-    KinflowError
-    ├── InputError           the app's input is not what the bundle's manifest asks for
-    ├── SettingsError        a settings file or a flag is wrong
-    ├── BundleError          a bundle is corrupt, foreign or incomplete
-    ├── BackendError         a runtime is missing, or a graph failed in it
-    ├── FrameError           bytes that are not a kinflow frame
-    ├── CodecError           coded features that do not decode
-    ├── FamilyMismatch       family, version, split or codec differ between the two sides
-    ├── BrokerError          no MQTT broker could be started or reached
-    ├── DiscoveryError       zeroconf does not work on this machine, or an advert cannot be made
-    └── LinkError            nothing came back
-        ├── LinkLost         there is no connection, or it broke
-        ├── LinkTimeout      no reply before the deadline
-        ├── ServerBusy       the server's queue would miss the deadline
-        └── ServerFailed     the server answered with a failure
+KinflowError
+├── InputError           the app's input is not what the bundle's manifest asks for
+├── SettingsError        a settings file or a flag is wrong
+├── BundleError          a bundle is corrupt, foreign or incomplete
+├── BackendError         a runtime is missing, or a graph failed in it
+├── FrameError           bytes that are not a kinflow frame
+├── CodecError           coded features that do not decode
+├── FamilyMismatch       family, version, split or codec differ between the two sides
+├── BrokerError          no MQTT broker could be started or reached
+├── DiscoveryError       zeroconf does not work on this machine, or an advert cannot be made
+└── LinkError            nothing came back
+    ├── LinkLost         there is no connection, or it broke
+    ├── LinkTimeout      no reply before the deadline
+    ├── ServerBusy       the server's queue would miss the deadline
+    └── ServerFailed     the server answered with a failure
 """
 
 from __future__ import annotations

@@ -77,10 +77,14 @@ class Family:
         """The codec called `name` at `split`, the split's default one without a name. Raises FamilyMismatch."""
         spec = self.manifest.splits.get(split)
         if spec is None:
-            raise FamilyMismatch(f"{self.id} has the splits {_names(self.manifest.splits)}, asked for {split!r}")
+            raise FamilyMismatch(
+                f"{self.id} has the splits {_names(self.manifest.splits)}, asked for {split!r}"
+            )
         codec = self.codecs.get((split, name or spec.default_codec))
         if codec is None:
-            raise FamilyMismatch(f"split {split!r} of {self.id} has the codecs {_names(spec.codecs)}, got {name!r}")
+            raise FamilyMismatch(
+                f"split {split!r} of {self.id} has the codecs {_names(spec.codecs)}, got {name!r}"
+            )
         return codec
 
     def member(
@@ -92,10 +96,14 @@ class Family:
         """
         spec = self.manifest.members.get(name)
         if spec is None:
-            raise FamilyMismatch(f"{self.id} has the members {_names(self.manifest.members)}, asked for {name!r}")
+            raise FamilyMismatch(
+                f"{self.id} has the members {_names(self.manifest.members)}, asked for {name!r}"
+            )
         sources = [self.manifest.segments[segment].source for segment in spec.segments]
         if source not in sources:
-            raise FamilyMismatch(f"member {name!r} of {self.id} can begin at {_names(sources)}, asked for {source!r}")
+            raise FamilyMismatch(
+                f"member {name!r} of {self.id} can begin at {_names(sources)}, asked for {source!r}"
+            )
         opened = []
         for segment in spec.segments[sources.index(source) :]:
             opened.append(self._open_segment(segment, backend, threads))
@@ -248,12 +256,16 @@ def _check_references(root: Path, manifest: Manifest) -> None:
 
     channels = {"L": 1, "RGB": 3}[manifest.preprocess.mode]
     if len(manifest.preprocess.mean) != channels or len(manifest.preprocess.std) != channels:
-        fail(f"preprocess.mean and preprocess.std need {channels} entries for mode {manifest.preprocess.mode}")
+        fail(
+            f"preprocess.mean and preprocess.std need {channels} entries for mode {manifest.preprocess.mode}"
+        )
     shapes = {INPUT: [channels, manifest.preprocess.height, manifest.preprocess.width]}
     for name, split in manifest.splits.items():
         shapes[name] = split.shape
         if split.default_codec not in split.codecs:
-            fail(f"splits.{name}.default_codec is {split.default_codec!r}, the codecs are {_names(split.codecs)}")
+            fail(
+                f"splits.{name}.default_codec is {split.default_codec!r}, the codecs are {_names(split.codecs)}"
+            )
     for name, segment in manifest.segments.items():
         where = f"segments.{name}"
         if segment.source not in shapes:
@@ -266,7 +278,9 @@ def _check_references(root: Path, manifest: Manifest) -> None:
         expected += [[len(manifest.labels)]] if segment.exit is not None else []
         for backend, graph in segment.graphs.items():
             if graph.input.shape != shapes[segment.source]:
-                fail(f"{where}.graphs.{backend} takes {graph.input.shape}, its source has {shapes[segment.source]}")
+                fail(
+                    f"{where}.graphs.{backend} takes {graph.input.shape}, its source has {shapes[segment.source]}"
+                )
             if [output.shape for output in graph.outputs] != expected:
                 found = [output.shape for output in graph.outputs]
                 fail(f"{where}.graphs.{backend} gives {found}, its split and exit need {expected}")

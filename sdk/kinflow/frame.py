@@ -1,14 +1,14 @@
 """header + bytes <-> one MQTT payload. No I/O.
 
-    offset  size  field
-    0       4     magic b"KINF"
-    4       1     protocol version, 1
-    5       3     zero
-    8       4     header length H, little-endian unsigned
-    12      4     payload length P
-    16      H     header: one message as msgpack (messages.py)
-    16+H    P     payload: coded features, or nothing
-    16+H+P  4     crc32 (zlib's) of everything before it
+offset  size  field
+0       4     magic b"KINF"
+4       1     protocol version, 1
+5       3     zero
+8       4     header length H, little-endian unsigned
+12      4     payload length P
+16      H     header: one message as msgpack (messages.py)
+16+H    P     payload: coded features, or nothing
+16+H+P  4     crc32 (zlib's) of everything before it
 """
 
 from __future__ import annotations

@@ -135,8 +135,13 @@ def _to_mode(image: Any, mode: str) -> Any:
 
 
 def _is_idx(path: Path) -> bool:
-    name = path.name.removesuffix(".gz")
-    return path.suffix == ".gz" or "idx" in name.rpartition("-")[2] or name.endswith(".idx")
+    """By content: no picture format is gzipped or begins with two zero bytes and the code of unsigned bytes."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(3)
+    except OSError:
+        return False  # reading the image will say why
+    return head[:2] == b"\x1f\x8b" or head == bytes((0, 0, idx.UNSIGNED_BYTE))
 
 
 def _idx(path: Path, preprocess: Preprocess) -> Iterator[Item]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
 
 import msgspec
@@ -51,7 +51,7 @@ class Answered:
     """From the first attempt to the reply."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinkCounters:
     """What happened since the start."""
 
@@ -59,7 +59,7 @@ class LinkCounters:
     """Requests that got a Reply, Busy or Failure."""
     timed_out: int = 0
     retried: int = 0
-    """Requests that were published again; each attempt counts."""
+    """Attempts after a request's first."""
     unexpected: int = 0
     """Replies that no waiting request asked for: late, duplicate or foreign. Dropped."""
     malformed: int = 0
@@ -67,13 +67,20 @@ class LinkCounters:
 
 
 class _Awaited(Future[Answered]):
-    """A future whose waiter reads the socket itself meanwhile: no switch of threads when the reply comes."""
+    """A request in flight. Whoever waits for it reads the socket meanwhile: a reply switches no threads."""
 
-    def __init__(self, connection: Connection, deadline_s: float) -> None:
+    def __init__(self, link: Link, topic: str, request: Request, payload: bytes) -> None:
         super().__init__()
-        self.set_running_or_notify_cancel()
-        self._connection = connection
-        self._deadline_s = deadline_s
+        self._link = link
+        self.topic = topic
+        self.request = request
+        self.payload = payload
+        self.sent_s = time.monotonic()
+        self.deadline_s = self.sent_s + request.deadline_ms / 1e3
+        self.bytes_up = 0
+        self.attempts = 0
+        self.orphaned = False  # its connection was lost, and with it perhaps the request or the reply
+        self.set_running_or_notify_cancel()  # from now on cancel() does nothing
 
     def result(self, timeout: float | None = None) -> Answered:
         return super().result(self._drive(timeout))
@@ -85,31 +92,18 @@ class _Awaited(Future[Answered]):
         """What is left of the timeout afterwards."""
         if self.done():
             return timeout_s
-        now_s = time.monotonic()
-        until_s = self._deadline_s if timeout_s is None else min(now_s + timeout_s, self._deadline_s)
-        self._connection.drive(self.done, until_s)
-        return None if timeout_s is None else max(0.0, now_s + timeout_s - time.monotonic())
-
-
-@dataclass(eq=False)
-class _Pending:
-    topic: str
-    request: Request
-    payload: bytes
-    future: _Awaited
-    sent_s: float
-    deadline_s: float
-    bytes_up: int
-    attempts: int = 1
-    orphaned: bool = False
-    """Whether its connection was lost, and with it perhaps the request or the reply."""
+        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+        until_s = self.deadline_s if give_up_s is None else min(give_up_s, self.deadline_s)
+        self._link.connection.drive(self.done, until_s)
+        return None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
 
 
 class Link:
     """Requests to the servers behind one broker, and what those servers say of themselves.
 
-    `client_id` must be unique at the broker. `on_status` is called for every status, on the network thread:
-    it must be quick. At most `max_in_flight` requests wait at the same time.
+    `client_id` must be unique at the broker. `on_status` is called for every status, on the network thread or
+    on one that waits for a reply: it must be quick, and must neither wait for a reply nor close the link. At
+    most `max_in_flight` requests wait at the same time.
     """
 
     def __init__(
@@ -122,20 +116,21 @@ class Link:
         keepalive_s: int = 5,
     ) -> None:
         if not client_id or any(sign in "+#/\0" for sign in client_id):
-            raise SettingsError(f"client id {client_id!r} names a topic: at least one sign, without + # /")
-        self.reply_topic = topics.reply(client_id)
+            raise SettingsError(f"client id {client_id!r} names a topic: at least one sign, none of + # /")
+        self.client_id = client_id
+        self._reply_topic = topics.reply(client_id)
         self._on_status = on_status
         self._max_in_flight = max_in_flight
         self._lock = threading.Lock()
-        self._pending: dict[bytes, _Pending] = {}
+        self._waiting: dict[bytes, _Awaited] = {}
         self._nodes: dict[str, NodeStatus] = {}
         self._counters = LinkCounters()
         self._round_trip_s: float | None = None
-        self._connection = Connection(
+        self.connection = Connection(
             address,
             client_id,
             on_message=self._on_message,
-            subscriptions=(self.reply_topic, topics.ALL_STATUS),
+            subscriptions=(self._reply_topic, topics.ALL_STATUS),
             on_connected=self._on_connected,
             on_lost=self._on_lost,
             keepalive_s=keepalive_s,
@@ -145,16 +140,16 @@ class Link:
 
     def start(self) -> None:
         """Connect in the background."""
-        self._connection.start()
+        self.connection.start()
 
     def close(self) -> None:
         """Disconnect; requests that still wait fail with LinkLost."""
-        self._connection.close()
+        self.connection.close()
         with self._lock:
-            waiting = list(self._pending.values())
-            self._pending.clear()
-        for pending in waiting:
-            pending.future.set_exception(LinkLost("the link was closed"))
+            left = list(self._waiting.values())
+            self._waiting.clear()
+        for future in left:
+            future.set_exception(LinkLost("the link was closed"))
 
     def __enter__(self) -> Link:
         self.start()
@@ -169,15 +164,15 @@ class Link:
 
     @property
     def address(self) -> BrokerAddress:
-        return self._connection.address
+        return self.connection.address
 
     @property
     def connected(self) -> bool:
-        return self._connection.connected
+        return self.connection.connected
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait until connected, at most `timeout_s`; whether it is."""
-        return self._connection.wait_connected(timeout_s)
+        return self.connection.wait_connected(timeout_s)
 
     @property
     def nodes(self) -> Mapping[str, NodeStatus]:
@@ -186,7 +181,8 @@ class Link:
 
     @property
     def counters(self) -> LinkCounters:
-        return self._counters
+        """A snapshot."""
+        return replace(self._counters)
 
     @property
     def round_trip_s(self) -> float | None:
@@ -204,107 +200,104 @@ class Link:
 
         The future ends with Answered, LinkTimeout, LinkLost (also at once, when not connected), ServerBusy,
         ServerFailed, or LinkError when too many requests wait. It cannot be cancelled: its deadline ends it.
-        Raises FrameError when request or payload are too large, LinkError on a foreign `reply_to`.
+        Raises FrameError when request or payload are too large, LinkError on a foreign `client`.
         """
-        if request.reply_to != self.reply_topic:
-            raise LinkError(f"request.reply_to is {request.reply_to!r}, replies come to {self.reply_topic!r}")
-        now_s = time.monotonic()
+        if request.client != self.client_id:
+            raise LinkError(f"request.client is {request.client!r}, this link is {self.client_id!r}")
+        future = _Awaited(self, topic, request, payload)
         frame = pack(request, payload)
-        deadline_s = now_s + request.deadline_ms / 1e3
-        future = _Awaited(self._connection, deadline_s)
-        pending = _Pending(topic, request, payload, future, now_s, deadline_s, len(frame))
-        if (refusal := self._remember(pending)) is not None:
-            future.set_exception(refusal)
+        try:
+            self._remember(future)
+        except LinkError as exc:
+            future.set_exception(exc)
             return future
         try:
-            self._connection.publish(topic, frame)
+            self._publish(future, frame)
         except LinkError as exc:
             if self._forget(request.id) is not None:
                 future.set_exception(exc)
             return future
-        retry_s = now_s + max(3 * (self._round_trip_s or 0.0), request.deadline_ms / 3e3)
-        if retry_s < deadline_s:
-            self._connection.call_at(retry_s, functools.partial(self._on_silence, request.id))
-        else:
-            self._connection.call_at(deadline_s, functools.partial(self._on_deadline, request.id))
+        # One timer now, the second when it fires: most requests are answered before.
+        retry_s = future.sent_s + max(3 * (self._round_trip_s or 0.0), request.deadline_ms / 3e3)
+        on_timer = functools.partial(self._on_timer, request.id)
+        self.connection.call_at(min(retry_s, future.deadline_s), on_timer)
         return future
 
-    def _remember(self, pending: _Pending) -> LinkError | None:
-        if not self._connection.connected:
-            return LinkLost(f"not connected to {self.address}")
+    def _remember(self, future: _Awaited) -> None:
+        if not self.connection.connected:
+            raise LinkLost(f"not connected to {self.address}")
         with self._lock:
-            if len(self._pending) >= self._max_in_flight:
-                return LinkError(
-                    f"{len(self._pending)} requests are in flight, {self._max_in_flight} are allowed"
+            if len(self._waiting) >= self._max_in_flight:
+                raise LinkError(
+                    f"{len(self._waiting)} requests are in flight, {self._max_in_flight} are allowed"
                 )
-            if pending.request.id in self._pending:
-                return LinkError(f"request {pending.request.id.hex()} is in flight already")
-            self._pending[pending.request.id] = pending
-        return None
+            if self._waiting.setdefault(future.request.id, future) is not future:
+                raise LinkError(f"request {future.request.id.hex()} is in flight already")
 
-    def _forget(self, request_id: bytes) -> _Pending | None:
+    def _forget(self, request_id: bytes) -> _Awaited | None:
         with self._lock:
-            return self._pending.pop(request_id, None)
+            return self._waiting.pop(request_id, None)
 
-    # Timers; they hold the id alone, so that a payload lives no longer than its request
+    def _publish(self, future: _Awaited, frame: bytes) -> None:
+        # Counted before: the reply may be here before publish() returns.
+        future.attempts += 1
+        future.bytes_up += len(frame)
+        self.connection.publish(future.topic, frame)
 
-    def _on_silence(self, request_id: bytes) -> None:
-        pending = self._pending.get(request_id)
-        if pending is not None:
-            self._connection.call_at(pending.deadline_s, functools.partial(self._on_deadline, request_id))
-            if pending.attempts == 1 and self.connected:
-                self._publish_again(pending)
-
-    def _on_deadline(self, request_id: bytes) -> None:
-        pending = self._forget(request_id)
-        if pending is None:
-            return
-        self._count("timed_out")
-        waited_ms = (time.monotonic() - pending.sent_s) * 1e3
-        log.debug("request %s: no reply after %.0f ms", request_id.hex(), waited_ms)
-        if self.connected:
-            pending.future.set_exception(
-                LinkTimeout(f"no reply from {pending.topic} within {pending.request.deadline_ms:.0f} ms")
-            )
-        else:
-            pending.future.set_exception(LinkLost(f"the connection to {self.address} broke while waiting"))
-
-    def _publish_again(self, pending: _Pending) -> None:
-        left_ms = (pending.deadline_s - time.monotonic()) * 1e3
+    def _publish_again(self, future: _Awaited) -> None:
+        left_ms = (future.deadline_s - time.monotonic()) * 1e3
         if left_ms <= 0:
             return
-        frame = pack(msgspec.structs.replace(pending.request, deadline_ms=left_ms), pending.payload)
-        pending.attempts += 1
-        pending.bytes_up += len(frame)
-        self._count("retried")
-        log.debug("request %s: published again, attempt %d", pending.request.id.hex(), pending.attempts)
+        self._counters.retried += 1
+        log.debug("request %s: attempt %d", future.request.id.hex(), future.attempts + 1)
         try:
-            self._connection.publish(pending.topic, frame)
+            self._publish(
+                future, pack(msgspec.structs.replace(future.request, deadline_ms=left_ms), future.payload)
+            )
         except LinkError as exc:
-            log.debug("request %s: %s", pending.request.id.hex(), exc)
+            log.debug("request %s: %s", future.request.id.hex(), exc)
 
-    # What comes in
+    # Network thread: time passes. Timers hold the id alone: a payload lives no longer than its request.
+
+    def _on_timer(self, request_id: bytes) -> None:
+        future = self._waiting.get(request_id)
+        if future is None:
+            return
+        if time.monotonic() < future.deadline_s:
+            if future.attempts == 1 and self.connected:
+                self._publish_again(future)
+            self.connection.call_at(future.deadline_s, functools.partial(self._on_timer, request_id))
+        elif self._forget(request_id) is not None:
+            self._counters.timed_out += 1
+            log.debug("request %s: no reply in time, %d attempts", request_id.hex(), future.attempts)
+            wanted = f"no reply on {future.topic} within {future.request.deadline_ms:.0f} ms"
+            lost = future.orphaned or not self.connected
+            future.set_exception(LinkLost(f"{wanted}: the connection broke") if lost else LinkTimeout(wanted))
+
+    # Network thread: the connection comes and goes
 
     def _on_lost(self) -> None:
         with self._lock:
-            for pending in self._pending.values():
-                pending.orphaned = True
+            for future in self._waiting.values():
+                future.orphaned = True
 
     def _on_connected(self) -> None:
         with self._lock:
-            orphans = [pending for pending in self._pending.values() if pending.orphaned]
-        for pending in orphans:
-            pending.orphaned = False
-            self._publish_again(pending)
+            orphans = [future for future in self._waiting.values() if future.orphaned]
+        for future in orphans:
+            future.orphaned = False
+            self._publish_again(future)
+
+    # The thread that reads: messages come in
 
     def _on_message(self, topic: str, data: bytes) -> None:
         try:
-            if topic == self.reply_topic:
+            if topic == self._reply_topic:
                 self._on_reply(data)
             else:
                 self._on_node(topic, data)
         except FrameError as exc:
-            self._count("malformed")
+            self._counters.malformed += 1
             log.warning("message on %s dropped: %s", topic, exc)
 
     def _on_reply(self, data: bytes) -> None:
@@ -312,21 +305,21 @@ class Link:
         message = unpack(data).message
         if not isinstance(message, (Reply, Busy, Failure)):
             raise FrameError(f"a {type(message).__name__} does not belong here")
-        pending = self._forget(message.id)
-        if pending is None:
-            self._count("unexpected")
+        future = self._forget(message.id)
+        if future is None:
+            self._counters.unexpected += 1
             log.debug("request %s: late, duplicate or foreign reply dropped", message.id.hex())
             return
-        self._count("answered")
+        self._counters.answered += 1
         if isinstance(message, Reply):
-            round_trip_s = now_s - pending.sent_s
-            if pending.attempts == 1:
+            round_trip_s = now_s - future.sent_s
+            if future.attempts == 1:
                 self._smooth(round_trip_s - (message.hops[0].queue_ms / 1e3 if message.hops else 0.0))
-            pending.future.set_result(Answered(message, pending.bytes_up, len(data), round_trip_s))
+            future.set_result(Answered(message, future.bytes_up, len(data), round_trip_s))
         elif isinstance(message, Busy):
-            pending.future.set_exception(ServerBusy(message.node, message.queue_ms))
+            future.set_exception(ServerBusy(message.node, message.queue_ms))
         else:
-            pending.future.set_exception(ServerFailed(message.node, message.code, message.message))
+            future.set_exception(ServerFailed(message.node, message.code, message.message))
 
     def _on_node(self, topic: str, data: bytes) -> None:
         node = topic.split("/")[-2]
@@ -347,9 +340,3 @@ class Link:
         sample_s = max(sample_s, 0.0)
         before_s = self._round_trip_s
         self._round_trip_s = sample_s if before_s is None else before_s + SMOOTHING * (sample_s - before_s)
-
-    def _count(self, name: str) -> None:
-        with self._lock:
-            self._counters = LinkCounters(
-                **{**self._counters.__dict__, name: getattr(self._counters, name) + 1}
-            )

@@ -18,13 +18,22 @@ Format = Literal["text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
 LOGGERS = ("kinflow", "kinflow_edge", "kinflow_cloud", "kinflow_builder", "kinflow_bench")
 
-_FIELDS = "kinflow_fields"
+
+class Event:
+    """A log record's message: under another formatter, an app's own, it reads as in the text format."""
+
+    def __init__(self, name: str, fields: dict[str, Any]) -> None:
+        self.name = name
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return " ".join((self.name, *(f"{key}={_text(value)}" for key, value in self.fields.items())))
 
 
 def event(logger: logging.Logger, level: int, name: str, **fields: Any) -> None:
     """Log one event. Fields keep their order; floats are rounded to 4 digits, bytes written as hex."""
     if logger.isEnabledFor(level):
-        logger.log(level, name, extra={_FIELDS: fields})
+        logger.log(level, Event(name, {key: _plain(value) for key, value in fields.items()}))
 
 
 def setup(level: str = "warning", fmt: Format = "text") -> None:
@@ -43,9 +52,7 @@ class TextFormatter(logging.Formatter):
     """time LEVEL logger event key=value …"""
 
     def format(self, record: logging.LogRecord) -> str:
-        parts = [_time(record), record.levelname, record.name, record.getMessage().replace("\n", "\\n")]
-        parts += [f"{key}={_text(value)}" for key, value in _fields(record).items()]
-        return " ".join(parts)
+        return f"{_time(record)} {record.levelname} {record.name} {_event(record)}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -56,17 +63,22 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": record.getMessage(),
         }
-        return json.dumps(_fields(record) | head, default=_plain, ensure_ascii=False)
+        happened = _event(record)
+        fields = happened.fields | head | {"event": happened.name}
+        return json.dumps(fields, default=_plain, ensure_ascii=False)
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    fields = {key: _plain(value) for key, value in getattr(record, _FIELDS, {}).items()}
+def _event(record: logging.LogRecord) -> Event:
+    """What others log counts as an event without fields; an exception becomes two fields."""
+    if isinstance(record.msg, Event):
+        happened = Event(record.msg.name, dict(record.msg.fields))
+    else:
+        happened = Event(record.getMessage().replace("\n", "\\n"), {})
     if record.exc_info and record.exc_info[1] is not None:
-        fields["error"] = repr(record.exc_info[1])
-        fields["trace"] = "".join(traceback.format_exception(*record.exc_info)).strip()
-    return fields
+        happened.fields["error"] = repr(record.exc_info[1])
+        happened.fields["trace"] = "".join(traceback.format_exception(*record.exc_info)).strip()
+    return happened
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,6 @@ import msgspec
 Tier = Literal["device", "edge", "cloud"]
 RequestId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Topic = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^+#\x00]+$")]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -35,7 +34,8 @@ class Request(msgspec.Struct, frozen=True, tag="request", array_like=True):
     """Continue this computation. The payload holds the features, coded by `codec`."""
 
     id: RequestId
-    reply_to: Topic
+    client: Name
+    """Who asks: replies go to its reply topic, and to no other."""
     family: Name
     version: Name
     split: Name

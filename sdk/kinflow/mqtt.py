@@ -16,7 +16,6 @@ import select
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -81,8 +80,8 @@ class BrokerAddress:
 class Connection:
     """One MQTT 5 connection with its own network thread; it reconnects by itself until closed.
 
-    `on_message(topic, payload)`, `on_connected()` and `on_lost()` run on the network thread, `on_message` also
-    on one that is in `drive`; one at a time. They must be quick; what they raise is logged. `will` is a
+    `on_message(topic, payload)`, `on_connected()` and `on_lost()` run on the network thread, `on_message`
+    also on one that is in `drive`; one at a time. They must be quick; what they raise is logged. `will` is a
     (topic, payload) that the broker publishes, retained, when this connection breaks. `on_connected` runs
     after every connect, once all `subscriptions` are acknowledged.
     """
@@ -190,11 +189,11 @@ class Connection:
         self._timers.add(when_s, fn)
 
     def drive(self, done: Callable[[], bool], until_s: float) -> None:
-        """Read on the calling thread until `done()` or `until_s`: what it waits for comes without a switch of
-        threads, the larger part of a short round trip.
+        """Read on the calling thread until `done()` or `until_s` (of time.monotonic()).
 
-        Returns early when another thread drives, when the connection is down, and when there is something for
-        the network thread to do: the caller then waits as if it had not called this.
+        What the caller waits for then comes without a switch of threads. Returns early when another thread
+        drives, when the connection is down, and when there is something for the network thread to do: the
+        caller then waits as if it had not called this.
         """
         if not self._driver_lock.acquire(blocking=False):
             return
@@ -310,7 +309,7 @@ class Connection:
             return True
 
     def _let_paho_read(self, sock: socket.socket) -> None:
-        """Have paho read a packet, once it is all there: whether paho waits for the rest of one cannot be asked."""
+        """Have paho read a packet once it is all there: whether it waits for a rest cannot be asked."""
         with self._read_lock:
             try:
                 head = sock.recv(packet.MAX_FIXED_HEADER_BYTES, socket.MSG_PEEK)

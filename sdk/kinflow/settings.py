@@ -39,7 +39,9 @@ class DeviceSettings(_Settings, frozen=True):
     backend: Annotated[BackendName, _doc("Runtime of the device member: `onnx` or `tflite`.")] = "onnx"
     member: Annotated[str, _doc("The member that runs here.")] = "device"
     threads: Annotated[int, _doc("Threads of the runtime.", ge=1, le=64)] = 1
-    deadline_s: Annotated[float, _doc("Default time in which an answer must come, seconds.", gt=0, le=3600)] = 1.0
+    deadline_s: Annotated[
+        float, _doc("Default time in which an answer must come, seconds.", gt=0, le=3600)
+    ] = 1.0
     threshold: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
         _doc("Keep answers at this confidence or above; without it, the bundle's certificate."),
@@ -47,7 +49,9 @@ class DeviceSettings(_Settings, frozen=True):
     codec: Annotated[str, _doc("Codec of the features that leave; empty: the split's default.")] = ""
     offload: Annotated[bool, _doc("False: never use the network.")] = True
     broker: Annotated[str, _doc("`host:port` of a server's broker; empty: find one by zeroconf.")] = ""
-    interfaces: Annotated[list[str], _doc("IPv4 addresses whose networks are searched; empty: all of them.")] = []
+    interfaces: Annotated[
+        list[str], _doc("IPv4 addresses whose networks are searched; empty: all of them.")
+    ] = []
     workers: Annotated[int, _doc("How many `submit()` calls run at the same time.", ge=1, le=256)] = 4
 
 
@@ -57,10 +61,14 @@ class BrokerSettings(_Settings, frozen=True):
     address: Annotated[str, _doc("`host:port` of a running broker; empty: start one.")] = ""
     kind: Annotated[
         str,
-        _doc("What to start: `mosquitto`, `embedded`, or `auto` (mosquitto where installed).",
-             pattern="^(auto|mosquitto|embedded)$"),
+        _doc(
+            "What to start: `mosquitto`, `embedded`, or `auto` (mosquitto where installed).",
+            pattern="^(auto|mosquitto|embedded)$",
+        ),
     ] = "auto"
-    listen: Annotated[str, _doc("IPv4 address that the started broker binds. Loopback unless told otherwise.")] = "127.0.0.1"
+    listen: Annotated[
+        str, _doc("IPv4 address that the started broker binds. Loopback unless told otherwise.")
+    ] = "127.0.0.1"
     port: Annotated[Port, _doc("Port that the started broker binds; 0: any free one.")] = 1883
 
 
@@ -68,22 +76,35 @@ class ServerSettings(_Settings, frozen=True):
     """Roles `edge` and `cloud`."""
 
     node: Annotated[
-        str, _doc("Name of this server, unique on its network; empty: host name and tier.", pattern=r"^[A-Za-z0-9._-]{0,64}$")
+        str,
+        _doc(
+            "Name of this server, unique on its network; empty: host name and tier.",
+            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$",
+        ),
     ] = ""
     bundles: Annotated[list[str], _doc("Bundles to serve: folders or .zip files.")] = []
     member: Annotated[str, _doc("Member to run; empty: the one named like the tier.")] = ""
     threads: Annotated[int, _doc("Threads of the runtime.", ge=1, le=256)] = 1
     batch_size: Annotated[int, _doc("Most requests computed as one batch.", ge=1, le=1024)] = 16
     batch_wait_ms: Annotated[
-        float, _doc("How long a batch that is not full waits for more; 0: take what has come meanwhile.", ge=0, le=1000)
+        float,
+        _doc(
+            "How long a batch that is not full waits for more; 0: take what has come meanwhile.",
+            ge=0,
+            le=1000,
+        ),
     ] = 0.0
-    queue_size: Annotated[int, _doc("Most requests waiting; above it the answer is Busy.", ge=1, le=100_000)] = 1024
+    queue_size: Annotated[
+        int, _doc("Most requests waiting; above it the answer is Busy.", ge=1, le=100_000)
+    ] = 1024
     upstream: Annotated[str, _doc("`host:port` of the next tier's broker; empty: nothing above.")] = ""
     advertise: Annotated[bool, _doc("Announce this server by zeroconf.")] = True
     interfaces: Annotated[
         list[str], _doc("IPv4 addresses announced and used for zeroconf; empty: those that the broker binds.")
     ] = []
-    status_interval_s: Annotated[float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)] = 1.0
+    status_interval_s: Annotated[
+        float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)
+    ] = 1.0
     broker: Annotated[BrokerSettings, _doc("The broker this server uses.")] = BrokerSettings()
 
 

@@ -26,7 +26,7 @@ class Outbox:
         """Whether the first packet that waits is on the wire in part: then nothing else may be sent."""
 
     def send(self, sock: socket.socket, header: bytes, payload: bytes) -> bool:
-        """Send, after what waits already; whether nothing waits afterwards. Lets the socket's OSError through."""
+        """Send, after what waits already; whether nothing waits then. Lets the socket's OSError through."""
         if self._waiting:
             self.keep(header, payload)
             return self.flush(sock)
@@ -71,12 +71,13 @@ class Outbox:
 
 
 class Inbox:
-    """The PUBLISH that is being received. One over `limit_bytes` is received and thrown away. Not thread-safe."""
+    """The PUBLISH that is being received; one over `limit_bytes` is thrown away. Not thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._left = 0
         self._packet = bytearray()
+        self._too_long = False
 
     @property
     def inside_packet(self) -> bool:
@@ -97,7 +98,9 @@ class Inbox:
                 if size is None:
                     raise OtherPacket
                 self._left = size
+                # Too long a packet passes through this, and only its end would stay.
                 self._packet = bytearray(min(size, self._limit_bytes))
+                self._too_long = size > self._limit_bytes
             return self._receive_more(sock)
         except BlockingIOError:
             return None
@@ -109,11 +112,14 @@ class Inbox:
 
     def _receive_more(self, sock: socket.socket) -> bytearray | None:
         view = memoryview(self._packet)
-        count = sock.recv_into(view[-self._left :])
+        count = sock.recv_into(view[-self._left :] if self._left < len(view) else view)
         if count == 0:
             raise ConnectionResetError("the connection ended inside a packet")
         self._left -= count
         if self._left:
             return None
         whole, self._packet = self._packet, bytearray()
+        if self._too_long:
+            log.warning("a packet over %d bytes was thrown away", self._limit_bytes)
+            return None
         return whole

@@ -18,7 +18,7 @@ _AWAKE = float("-inf")
 
 
 class Timers:
-    """A heap of calls and an epoll to sleep on. `add` and `wake` are for any thread, the rest for the sleeper.
+    """A heap of calls and an epoll to sleep on. `add` and `wake` are for any thread, the rest for the one.
 
     A thread that adds a call wakes the sleeper only when it would sleep past it: a call that is later than
     one that stands already costs no switch of threads.

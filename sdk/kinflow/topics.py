@@ -13,7 +13,6 @@ from __future__ import annotations
 from kinflow.messages import Tier
 
 ROOT = "kinflow/v1"
-_REPLY = f"{ROOT}/reply/"
 ALL_STATUS = f"{ROOT}/node/+/status"
 
 
@@ -28,13 +27,7 @@ def shared_requests(tier: Tier, family: str, split: str) -> str:
 
 
 def reply(client_id: str) -> str:
-    return _REPLY + client_id
-
-
-def is_reply(topic: str) -> bool:
-    """Servers publish to no other topic, whatever a request asks for."""
-    client_id = topic.removeprefix(_REPLY)
-    return topic.startswith(_REPLY) and client_id != "" and "/" not in client_id
+    return f"{ROOT}/reply/{client_id}"
 
 
 def status(node: str) -> str:
