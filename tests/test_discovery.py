@@ -148,6 +148,18 @@ def test_a_node_that_cannot_be_told_is_refused(changes: dict[str, object], what:
         Advert(node(unique(), **changes))
 
 
+def test_a_broker_known_by_name_is_announced_by_address() -> None:
+    """A server that uses a running broker names it as its settings do; adverts hold addresses."""
+    sent = node(unique(), host="localhost")
+    with Browser(interfaces=LOOPBACK) as browser, Advert(sent):
+        assert wait(lambda: [found.host for found in named(browser, sent.node)] == ["127.0.0.1"])
+    with (
+        Advert(node(unique(), host="no-such-host.invalid"), interfaces=LOOPBACK) as told,
+        pytest.raises(DiscoveryError, match="cannot start"),
+    ):
+        told.check()
+
+
 def test_an_interface_that_is_not_there_is_named() -> None:
     """Starting goes on without a network, since one may come; check() says what is wrong."""
     with Browser(interfaces=["203.0.113.7"]) as browser:
@@ -189,7 +201,7 @@ def test_loopback_browsers_want_loopback_nodes() -> None:
 
 
 def test_every_announced_address_is_one_of_this_machine() -> None:
-    """A server that binds 0.0.0.0 announces what others can reach; loopback only where there is nothing else."""
+    """A server on 0.0.0.0 announces what others can reach; loopback only where there is nothing else."""
     addresses = advert.advertised_addresses()
     assert addresses
     assert set(addresses) <= set(advert.local_networks())

@@ -50,7 +50,7 @@ def test_a_healthy_machine_passes() -> None:
 
 
 def test_failures_are_counted_in_the_exit_status(tmp_path: Path) -> None:
-    """A broken bundle and a broker that is not there: both named, status 1, and the rest was still checked."""
+    """A broken bundle and a broker that is not there: both named, status 1, the rest still checked."""
     (tmp_path / "bundle").mkdir()
     broker = f"127.0.0.1:{free_port()}"
     status, report = doctor("--bundle", str(tmp_path / "bundle"), "--broker", broker)
@@ -82,7 +82,9 @@ def test_the_lines_are_readable() -> None:
 )
 def test_a_dying_import_is_told_apart(code: str, status: str, what: str) -> None:
     """Real processes end in each way; an illegal instruction is named as what it is."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     check = health_machine.judge_probe("numpy 9.9", "numpy", done.returncode, done.stderr, 0.1)
     assert check.status == status
     assert what in check.found

@@ -192,5 +192,5 @@ def test_a_truncated_last_frame_is_an_error_after_the_whole_ones() -> None:
     """What came whole is delivered; what is missing is counted."""
     stream = sources(["-"], GREY, stdin=io.BytesIO(bytes(16 + 7)))
     assert next(stream).image.shape == (4, 4)
-    with pytest.raises(InputError, match="frame 1 .* truncated: 7 bytes of 16"):
+    with pytest.raises(InputError, match=r"frame 1 .* truncated: 7 bytes of 16"):
         next(stream)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-import msgspec
 import numpy as np
 import torch
 
 from kinflow import manifest as spec
+from kinflow.codec import UniformRansCodec
 from kinflow.family import INPUT
 from kinflow_builder import bundle, codecs
 from kinflow_builder.cost import cost
@@ -44,7 +45,7 @@ def assemble(
             fitting, measured = (default.dequantise(default.quantise(part)) for part in (fitting, measured))
             source = segment.split
     return spec.Manifest(
-        schema=spec.SCHEMA,
+        schema=1,
         id=recipe.id,
         version=recipe.version,
         task="image-classification",
@@ -72,7 +73,7 @@ def _segment(
     example = np.ascontiguousarray(inputs[:EXAMPLES])
     with torch.no_grad():
         shapes = [list(output.shape[1:]) for output in segment(torch.from_numpy(example))]
-    outputs = [spec.Tensor(name, shape) for name, shape in zip(segment.output_names, shapes)]
+    outputs = [spec.Tensor(name, shape) for name, shape in zip(segment.output_names, shapes, strict=True)]
     given = spec.Tensor("x", list(example.shape[1:]))
     graphs: dict[spec.BackendName, spec.Graph] = {}
 
@@ -92,16 +93,18 @@ def _segment(
 
 def _fit(
     stage: Path, segment: Segment, coding: Coding, fitting: Array, measured: Array, log: BuildLog
-) -> tuple[spec.Split, codecs.UniformRansCodec]:
+) -> tuple[spec.Split, UniformRansCodec]:
     """Both codecs of a split, and the one that is used when none is named."""
+    assert segment.split is not None  # Segment: they come together
+    assert segment.bottleneck is not None
     made = {}
     specs: dict[str, spec.Codec] = {}
-    for bits in (4, 8):
+    widths: tuple[Literal[4, 8], ...] = (4, 8)
+    for bits in widths:
         fitted = codecs.fit(segment.split, fitting, measured, segment.bottleneck.step, BITS, bits)
-        name = fitted.codec.name
         (stage / fitted.spec.table.path).write_bytes(fitted.table)
-        specs[name] = msgspec.structs.replace(fitted.spec, table=bundle.describe(stage, fitted.spec.table.path))
+        specs[fitted.codec.name] = fitted.spec
         made[bits] = fitted.codec
-        log.line(f"{name}: {fitted.spec.bytes_mean:.1f} bytes per item")
+        log.line(f"{fitted.codec.name}: {fitted.spec.bytes_mean:.1f} bytes per item")
     default = made[coding.default_bits]
     return spec.Split(list(fitting.shape[1:]), specs, default.name), default

@@ -10,11 +10,12 @@ import torch
 
 from kinflow import idx
 from kinflow.errors import SettingsError
-from kinflow_builder import bundle, card, data, figures
+from kinflow_builder import bundle, card, figures
 from kinflow_builder.assemble import assemble
+from kinflow_builder.data import DataSet, LabelledImages, preprocess
 from kinflow_builder.exits import calibrated_exits
 from kinflow_builder.log import BuildLog
-from kinflow_builder.recipe import Recipe
+from kinflow_builder.recipe import Data, Recipe
 from kinflow_builder.train import Inputs, train
 from kinflow_builder.trunk import Trunk, make_trunk
 
@@ -31,11 +32,11 @@ class Build:
     out: Path
     """Where the bundle goes."""
     recipe: Recipe
-    images: data.DataSet
+    images: DataSet
     log: BuildLog
 
-    def inputs(self, part: data.LabelledImages) -> Inputs:
-        return Inputs(data.preprocess(part.images, self.recipe.preprocess), part.labels)
+    def inputs(self, part: LabelledImages) -> Inputs:
+        return Inputs(preprocess(part.images, self.recipe.preprocess), part.labels)
 
 
 def run(build: Build, *, fresh: bool) -> figures.Figures:
@@ -49,16 +50,22 @@ def run(build: Build, *, fresh: bool) -> figures.Figures:
     torch.manual_seed(recipe.training.seed)
     trunk = make_trunk(build.folder, recipe.network)
     check_names(recipe, trunk)
-    training, held_out, test = map(build.inputs, (build.images.train, build.images.held_out, build.images.test))
+    training, held_out, test = map(
+        build.inputs, (build.images.train, build.images.held_out, build.images.test)
+    )
     trunk = train(trunk, recipe, training, held_out, build.folder / "work", log, fresh=fresh)
     with bundle.staged(build.out) as stage:
         manifest = assemble(stage, recipe, trunk, training.images[:CODEC_IMAGES], held_out.images, log)
         family = bundle.write_manifest(stage, manifest)
-        exits = calibrated_exits(family, recipe, held_out.images, held_out.labels, build.images.held_out.sha256(), log)
+        exits = calibrated_exits(
+            family, recipe, held_out.images, held_out.labels, build.images.held_out.sha256(), log
+        )
         manifest = msgspec.structs.replace(manifest, exits=exits)
         family = bundle.write_manifest(stage, manifest)
         found = figures.measure_all(family, build.images.test, test.images, log)
-        exits = {name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()}
+        exits = {
+            name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()
+        }
         manifest = msgspec.structs.replace(manifest, exits=exits)
         card.write(stage, manifest, recipe, found)
         bundle.write_manifest(stage, manifest)
@@ -84,7 +91,7 @@ def check_names(recipe: Recipe, trunk: Trunk) -> None:
             raise SettingsError(f"{field} names {sorted(given)}, the network has {sorted(known)}")
 
 
-def write_samples(folder: Path, test: data.LabelledImages, spec: data.Data) -> None:
+def write_samples(folder: Path, test: LabelledImages, spec: Data) -> None:
     """The first test images, in the format and under the names that the data set itself has."""
     folder.mkdir(parents=True, exist_ok=True)
     part = test.part(slice(0, spec.samples))

@@ -18,7 +18,7 @@ from kinflow.manifest import File, Manifest
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` at the end; after an error `folder` is as it was."""
+    """A temporary folder that takes the place of `folder` in the end; after an error that is as it was."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

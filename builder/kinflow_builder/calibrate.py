@@ -1,4 +1,4 @@
-"""Temperature and certificate of an exit, from logits on images that were never trained on. Needs no torch."""
+"""Temperature and certificate of an exit, from logits on images never trained on. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Logits = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 # Thresholds that are tested, safest first. Fixed before any data are seen, as the testing order must be.
-THRESHOLDS = tuple(round(1.0 - 0.005 * i, 3) for i in range(200)) + (0.0,)
+THRESHOLDS = (*(round(1.0 - 0.005 * i, 3) for i in range(200)), 0.0)
 
 
 def temperature(logits: Logits, labels: Labels) -> float:
@@ -31,7 +31,8 @@ def temperature(logits: Logits, labels: Labels) -> float:
 
 def gap(exit_logits: Logits, last_logits: Logits, labels: Labels) -> npt.NDArray[np.bool_]:
     """Where the exit is wrong and the last exit is right: what keeping the answer would cost."""
-    return (exit_logits.argmax(1) != labels) & (last_logits.argmax(1) == labels)
+    losses: npt.NDArray[np.bool_] = (exit_logits.argmax(1) != labels) & (last_logits.argmax(1) == labels)
+    return losses
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def certify(
 ) -> Certified:
     """The lowest threshold with P(risk <= epsilon) >= 1 - delta.
 
-    The risk of a threshold is the share of all images whose answer is kept (confidence at or above it) and is a
-    loss. Learn then Test (Angelopoulos et al., arXiv 2110.01052): for each threshold the exact binomial p-value
-    of "risk > epsilon", tested in a fixed order from the safest one down; the last one that passes is returned,
-    and testing stops at the first that does not.
+    The risk of a threshold is the share of all images whose answer is kept (confidence at or above it) and is
+    a loss. Learn then Test (Angelopoulos et al., arXiv 2110.01052): for each threshold the exact binomial
+    p-value of "risk > epsilon", tested in a fixed order from the safest one down; the last one that passes is
+    returned, and testing stops at the first that does not.
     """
     n = len(losses)
     certified = Certified(1.0, 0.0, n)

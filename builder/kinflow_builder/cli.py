@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
+from typing import Annotated
 
 import msgspec
 import typer
@@ -16,13 +16,22 @@ NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime", "scipy", "matplotlib", "
 
 
 def build(
-    folder: Path = typer.Argument(..., help="Folder of a family, with its recipe.toml."),
-    data: Optional[Path] = typer.Option(None, help="Folder with the images; else where the recipe says, or a download."),  # noqa: UP007, UP045
-    out: Optional[Path] = typer.Option(None, help="Where the bundle goes; else FOLDER/bundle."),  # noqa: UP007, UP045
-    epochs: Optional[int] = typer.Option(None, min=1, help="Instead of the recipe's training.epochs."),  # noqa: UP007, UP045
-    fresh: bool = typer.Option(
-        False, "--fresh/--resume", help="Forget the checkpoint of an interrupted build, or go on from it."
-    ),
+    folder: Annotated[Path, typer.Argument(help="Folder of a family, with its recipe.toml.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the images; else where the recipe says, or a download.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the bundle goes; else FOLDER/bundle.", show_default=False)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the recipe's training.epochs.", show_default=False)
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Forget an interrupted build, or go on from it.")
+    ] = False,
 ) -> None:
     """Train a family from its recipe and write its bundle, card and samples.
 
@@ -40,6 +49,6 @@ def build(
     from kinflow_builder import data as images
     from kinflow_builder.log import BuildLog
 
-    found = images.load(recipe.data, data, images.cache_folder(), recipe.training.seed)
+    found = images.load(recipe, data)
     log = BuildLog(folder / "train.log")
     steps.run(steps.Build(folder, out or folder / "bundle", recipe, found, log), fresh=fresh)

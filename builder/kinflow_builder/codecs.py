@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,46 +18,49 @@ Array = npt.NDArray[np.float32]
 class FittedCodec:
     """A codec as it goes into the bundle: `spec` names the file whose content is `table`."""
 
-    name: str
     spec: Codec
     table: bytes
     codec: UniformRansCodec
 
 
-def fit(split: str, features: Array, measured: Array, step: float, trained_bits: int, bits: int) -> FittedCodec:
+def fit(
+    split: str, features: Array, measured: Array, step: float, trained_bits: int, bits: Literal[4, 8]
+) -> FittedCodec:
     """`<split>-q<bits>`: uniform, from `features` [n, channels, height, width] before quantisation.
 
     `step` is the one trained with at `trained_bits`; more bits divide it, so that the range stays.
     `measured`: other features, of which the mean size is taken.
     """
-    channels, height, width = features.shape[1:]
     name = f"{split}-q{bits}"
+    channels, height, width = features.shape[1:]
+    shape = (channels, height, width)
     steps = [step / (1 << (bits - trained_bits))] * channels
     zeros = [1 << (bits - 1)] * channels
-    draft = UniformRansCodec(
-        name,
-        (channels, height, width),
-        bits,
-        np.asarray(steps, np.float32).reshape(-1, 1, 1),
-        np.asarray(zeros, np.int32).reshape(-1, 1, 1),
-        np.full((channels, SYMBOLS), 1, np.uint16),
-    )
-    table = table_from_counts(_count(draft.quantise(features), bits)).astype("<u2").tobytes()
-    spec = Codec("uniform-rans", bits, steps, zeros, _unwritten(f"{name}.table"), 1.0)  # type: ignore[arg-type]
-    codec = UniformRansCodec.from_spec(name, (channels, height, width), spec, table)
-    size = float(np.mean([len(codec.encode(item)) for item in measured]))
-    spec = Codec("uniform-rans", bits, steps, zeros, _unwritten(f"{name}.table"), round(size, 2))  # type: ignore[arg-type]
-    return FittedCodec(name, spec, table, codec)
+
+    def codec(table: bytes, bytes_mean: float) -> tuple[Codec, UniformRansCodec]:
+        file = File(f"{name}.table", hashlib.sha256(table).hexdigest(), len(table))
+        spec = Codec("uniform-rans", bits, steps, zeros, file, bytes_mean)
+        return spec, UniformRansCodec.from_spec(name, shape, spec, table)
+
+    # Any valid table will do for quantising; the right one comes from the levels that this gives.
+    _, draft = codec(_as_bytes(table_from_counts(np.ones((channels, SYMBOLS), np.int64))), 1.0)
+    table = _as_bytes(table_from_counts(_count(draft.quantise(features), bits)))
+    _, fitted = codec(table, 1.0)
+    size = float(np.mean([len(fitted.encode(item)) for item in measured]))
+    return FittedCodec(codec(table, round(size, 2))[0], table, fitted)
+
+
+def _as_bytes(table: npt.NDArray[np.uint16]) -> bytes:
+    return table.astype("<u2").tobytes()
 
 
 def _count(levels: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int64]:
     """Symbols per channel, int64 [channels, 256]; two neighbouring 4-bit levels make one symbol."""
-    channels = levels.shape[1]
-    flat = levels.transpose(1, 0, 2, 3).reshape(channels, -1)
-    symbols = flat if bits == 8 else flat[:, 0::2] << 4 | flat[:, 1::2]
+    items, channels = levels.shape[:2]
+    rows: npt.NDArray[np.uint8] = levels.reshape(items, channels, -1)
+    if bits == 4:
+        # As the codec does it: where the number is odd, the last level's neighbour is level 0.
+        rows = np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2)))
+        rows = rows[..., 0::2] << 4 | rows[..., 1::2]
+    symbols = rows.transpose(1, 0, 2).reshape(channels, -1)
     return np.stack([np.bincount(row, minlength=SYMBOLS) for row in symbols]).astype(np.int64)
-
-
-def _unwritten(path: str) -> File:
-    """The bundle fills in digest and size when it writes the file."""
-    return File(path, "0" * 64, 1)

@@ -1,4 +1,4 @@
-"""Finds a family's images: in a folder that is named, in the places the recipe names, in a cache, or downloads them.
+"""Finds a family's images: in a folder that is named, where the recipe says, in a cache, or downloads them.
 
 Every file is checked against the recipe's sha256, wherever it comes from. Needs no torch.
 """
@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ import numpy.typing as npt
 from kinflow import idx
 from kinflow.errors import InputError
 from kinflow.manifest import Preprocess
-from kinflow_builder.recipe import Data, DataFile
+from kinflow.preprocess import Preprocessor
+from kinflow_builder.recipe import Data, DataFile, Recipe
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -29,15 +31,11 @@ DOWNLOAD_TIMEOUT_S = 60.0
 MAX_DOWNLOAD_BYTES = 1 << 28
 
 
-@dataclass(frozen=True)
-class LabelledImages:
+class LabelledImages(NamedTuple):
     """Images uint8 [n, height, width] and their labels' indices int64 [n]."""
 
     images: Images
     labels: Labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def part(self, chosen: npt.NDArray[np.intp] | slice) -> LabelledImages:
         return LabelledImages(self.images[chosen], self.labels[chosen])
@@ -59,31 +57,33 @@ class DataSet:
     test: LabelledImages
 
 
-def load(data: Data, directory: Path | None, cache: Path, seed: int = 0) -> DataSet:
-    """Both parts, the training images split by `seed`. Raises InputError when a file is missing or another one."""
+def load(recipe: Recipe, directory: Path | None = None, cache: Path | None = None) -> DataSet:
+    """Both parts, the training images split by the recipe's seed.
+
+    Looks in `directory` if it is given, else where the recipe says and in `cache`, else downloads into that.
+    Raises InputError when a file is missing or not the one that the recipe names.
+    """
+    data = recipe.data
     train = _pair(data, data.train_images, data.train_labels, directory, cache)
-    test = load_test(data, directory, cache)
-    if data.held_out >= len(train):
-        raise InputError(f"data.held_out is {data.held_out}, there are only {len(train)} training images")
-    order = np.random.default_rng(seed).permutation(len(train))
-    return DataSet(
-        train.part(np.sort(order[data.held_out :])), train.part(np.sort(order[: data.held_out])), test
-    )
+    test = _pair(data, data.test_images, data.test_labels, directory, cache)
+    count = len(train.labels)
+    if data.held_out >= count:
+        raise InputError(f"data.held_out is {data.held_out}, there are only {count} training images")
+    order = np.random.default_rng(recipe.training.seed).permutation(count)
+    held_out, rest = np.sort(order[: data.held_out]), np.sort(order[data.held_out :])
+    return DataSet(train.part(rest), train.part(held_out), test)
 
 
-def load_test(data: Data, directory: Path | None, cache: Path) -> LabelledImages:
-    """The test images alone. Raises InputError as `load` does."""
+def load_test(folder: Path, directory: Path | None = None, cache: Path | None = None) -> LabelledImages:
+    """The test images of the family whose recipe is in `folder`. Raises as `load` and `Recipe.load` do."""
+    data = Recipe.load(folder).data
     return _pair(data, data.test_images, data.test_labels, directory, cache)
 
 
 def preprocess(images: Images, spec: Preprocess) -> npt.NDArray[np.float32]:
-    """Grey images uint8 [n, h, w] of the right size -> float32 [n, 1, h, w], as the manifest says."""
-    if spec.mode != "L" or images.shape[1:] != (spec.height, spec.width):
-        raise InputError(
-            f"expected grey images of {spec.height}x{spec.width}, found {images.shape[1:]} for mode {spec.mode}"
-        )
-    scaled = (images.astype(np.float32) / np.float32(255) - np.float32(spec.mean[0])) / np.float32(spec.std[0])
-    return np.asarray(scaled[:, None], np.float32)
+    """uint8 [n, height, width] -> float32 [n, channels, height, width], as a device does it."""
+    prepare = Preprocessor(spec)
+    return np.concatenate([prepare(image) for image in images])
 
 
 def cache_folder() -> Path:
@@ -93,8 +93,9 @@ def cache_folder() -> Path:
 
 
 def _pair(
-    data: Data, images: DataFile, labels: DataFile, directory: Path | None, cache: Path
+    data: Data, images: DataFile, labels: DataFile, directory: Path | None, cache: Path | None
 ) -> LabelledImages:
+    cache = cache or cache_folder()
     pixels = _read(data, images, 3, directory, cache)
     classes = _read(data, labels, 1, directory, cache)
     if len(pixels) != len(classes):
@@ -139,7 +140,9 @@ def _download(data: Data, file: DataFile, cache: Path) -> Path:
         with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT_S) as stream:
             raw: bytes = stream.read(MAX_DOWNLOAD_BYTES + 1)
     except (urllib.error.URLError, OSError, ValueError) as exc:
-        raise InputError(f"{file.name} is not here and {address} cannot be fetched ({exc}): {way_out}") from exc
+        raise InputError(
+            f"{file.name} is not here and {address} cannot be fetched ({exc}): {way_out}"
+        ) from exc
     if len(raw) > MAX_DOWNLOAD_BYTES:
         raise InputError(f"{address} has more than {MAX_DOWNLOAD_BYTES} bytes: {way_out}")
     found = hashlib.sha256(idx.content(raw, address)).hexdigest()

@@ -56,5 +56,3 @@ def _promise(exit: Exit) -> str:
         return "keeps every answer"
     kept = 100 * exit.certificate.kept_share
     return f"keeps {kept:.1f}% at a gap <= {exit.certificate.epsilon} (delta {exit.certificate.delta})"
-
-

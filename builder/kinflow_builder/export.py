@@ -62,7 +62,9 @@ def torch_outputs(segment: nn.Module, example: Array) -> list[Array]:
 
 def largest_difference(expected: list[Array], found: list[Array]) -> float:
     """Over all outputs, relative to the larger of 1 and each output's spread."""
-    differences = [float(np.abs(a - b).max() / max(1.0, float(a.std()))) for a, b in zip(expected, found)]
+    differences = [
+        float(np.abs(a - b).max() / max(1.0, float(a.std()))) for a, b in zip(expected, found, strict=True)
+    ]
     return max(differences)
 
 
@@ -70,7 +72,9 @@ def refuse_beyond(tolerance: float, difference: float, path: Path) -> None:
     """Raises BackendError when a graph does not compute what torch does."""
     # Written this way round so that NaN is refused too.
     if not difference <= tolerance:
-        raise BackendError(f"{path.name} differs from torch by {difference:.2g}, at most {tolerance:.2g} is right")
+        raise BackendError(
+            f"{path.name} differs from torch by {difference:.2g}, at most {tolerance:.2g} is right"
+        )
 
 
 def _run(path: Path, example: Array) -> list[Array]:
@@ -79,7 +83,7 @@ def _run(path: Path, example: Array) -> list[Array]:
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     # A batch size that the exporter has not seen: the batch axis must really be free.
     parts = [session.run(None, {"x": part}) for part in (example[:1], example[1:])]
-    return [np.concatenate(pair) for pair in zip(*parts)]
+    return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
 
 
 def _store_half(path: Path) -> None:

@@ -45,4 +45,4 @@ def _run(path: Path, example: Array) -> list[Array]:
         interpreter.set_tensor(source, item[None])
         interpreter.invoke()
         rows.append([interpreter.get_tensor(index) for index in outputs])
-    return [np.concatenate(parts) for parts in zip(*rows)]
+    return [np.concatenate(parts) for parts in zip(*rows, strict=True)]

@@ -73,12 +73,15 @@ def measure_all(family: Family, test: LabelledImages, inputs: Array, log: BuildL
     runs = measure.run_coded(family, inputs)
     fine = measure.run_coded(family, inputs, bits=8)
     names = {run.exit: run.member for run in runs}
-    full = {exit: measure.top1(measure.run_full_precision(family, name, inputs), test.labels) for exit, name in names.items()}
+    full = {
+        exit: measure.top1(measure.run_full_precision(family, name, inputs), test.labels)
+        for exit, name in names.items()
+    }
     coded = _top1(runs, test)
     for exit, share in coded.items():
         log.line(f"test top-1 {exit}: {100 * share:.2f} coded, {100 * full[exit]:.2f} full precision")
     found = Figures(
-        images=len(test),
+        images=len(test.labels),
         coded=coded,
         coded_q8=_top1(fine, test),
         full_precision=full,
@@ -93,16 +96,21 @@ def measure_all(family: Family, test: LabelledImages, inputs: Array, log: BuildL
         jpeg_curve=_jpeg_curve(family, runs[-1].member, test.part(slice(0, CURVE_IMAGES))),
         latency_s=_latencies(family, runs[0].member, inputs[:1]),
     )
-    shares = ", ".join(f"{exit} {100 * share:.1f}%" for exit, share in found.cascade.shares.items())
-    log.line(f"in service: {shares}; top-1 {100 * found.cascade.top1:.2f}, {found.cascade.bytes_mean:.1f} bytes per image")
+    service = found.cascade
+    shares = ", ".join(f"{exit} {100 * share:.1f}%" for exit, share in service.shares.items())
+    log.line(
+        f"in service: {shares}; top-1 {100 * service.top1:.2f}, {service.bytes_mean:.1f} bytes per image"
+    )
     return found
 
 
-def cascade(family: Family, runs: list[TierRun], test: LabelledImages, thresholds: dict[str, float]) -> Cascade:
+def cascade(
+    family: Family, runs: list[TierRun], test: LabelledImages, thresholds: dict[str, float]
+) -> Cascade:
     """Each image leaves at the first exit that is sure; `thresholds` go before the manifest's own."""
-    waiting = np.ones(len(test), bool)
-    right = np.zeros(len(test), bool)
-    sent = np.zeros(len(test), np.int64)
+    waiting = np.ones(len(test.labels), bool)
+    right = np.zeros(len(test.labels), bool)
+    sent = np.zeros(len(test.labels), np.int64)
     shares = {}
     for run in runs:
         sent[waiting] += run.bytes_up[waiting]
@@ -121,7 +129,7 @@ def _top1(runs: list[TierRun], test: LabelledImages) -> dict[str, float]:
 
 def _sizes(runs: list[TierRun]) -> dict[str, float]:
     splits = [run.split for run in runs if run.split is not None]
-    return {split: float(run.bytes_up.mean()) for split, run in zip(splits, runs[1:])}
+    return {split: float(run.bytes_up.mean()) for split, run in zip(splits, runs[1:], strict=True)}
 
 
 def _curve(family: Family, runs: list[TierRun], test: LabelledImages) -> list[Point]:
@@ -171,4 +179,6 @@ def _latencies(family: Family, name: str, item: Array) -> dict[str, float]:
 
 
 def _has_tflite(family: Family, name: str) -> bool:
-    return all("tflite" in family.manifest.segments[part].graphs for part in family.manifest.members[name].segments)
+    return all(
+        "tflite" in family.manifest.segments[part].graphs for part in family.manifest.members[name].segments
+    )

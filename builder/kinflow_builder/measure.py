@@ -1,4 +1,4 @@
-"""What a bundle does to images: every tier's logits and bytes, through the graphs and codecs that ship. No torch."""
+"""What a bundle does to images: logits and bytes of every tier, through the graphs and codecs that ship."""
 
 from __future__ import annotations
 

@@ -21,7 +21,13 @@ def draw(path: Path, found: Figures) -> None:
         "o-",
         label="family, thresholds swept",
     )
-    axes.plot([found.cascade.bytes_mean], [100 * found.cascade.top1], "k*", markersize=11, label="certified thresholds")
+    axes.plot(
+        [found.cascade.bytes_mean],
+        [100 * found.cascade.top1],
+        "k*",
+        markersize=11,
+        label="certified thresholds",
+    )
     axes.plot(
         [point.bytes_mean for point in found.jpeg_curve],
         [100 * point.top1 for point in found.jpeg_curve],

@@ -1,8 +1,8 @@
 """The bottleneck at a split: a projection, and the codec's own arithmetic with gradients through it.
 
 The 4-bit level of a value is `clip(round(value / step) + 8, 0, 15)`, as in kinflow.codec. Rounding passes the
-gradient straight through (Bengio et al., arXiv 1308.3432). The rate is each channel's code length, taken from a
-running histogram of its levels and interpolated between neighbouring ones, which makes it differentiable.
+gradient straight through (Bengio et al., arXiv 1308.3432). The rate is each channel's code length, taken from
+a running histogram of its levels and interpolated between neighbouring ones, so that it has a gradient.
 """
 
 from __future__ import annotations

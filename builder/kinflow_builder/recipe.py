@@ -123,7 +123,7 @@ class Recipe(_Strict, frozen=True):
 
     @classmethod
     def load(cls, folder: Path) -> Recipe:
-        """From `folder`/recipe.toml. Raises SettingsError that names the file, the field and what was expected."""
+        """From `folder`/recipe.toml. Raises SettingsError that names file, field and what was expected."""
         path = folder / RECIPE
         try:
             raw = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Trains a trunk: all exits at once, the earlier ones also towards the last, the features under a byte budget."""
+"""Trains a trunk: all exits at once, the earlier ones also towards the last, features under a byte budget."""
 
 from __future__ import annotations
 
@@ -61,13 +61,17 @@ def train(
             loss = trainer.run_epoch(bar.advance)
             checkpoint.save(path, recipe.digest(), trainer.state())
             top1 = evaluate(trainer.average, held_out)
-            line = f"epoch {trainer.epoch}/{settings.epochs}: {time.monotonic() - begin:.0f} s, loss {loss:.3f}, "
-            line += "held-out top-1 " + ", ".join(f"{name} {100 * share:.2f}" for name, share in top1.items())
+            seconds = time.monotonic() - begin
+            right = ", ".join(f"{name} {100 * share:.2f}" for name, share in top1.items())
             sizes = ", ".join(f"{name} {size:.0f}" for name, size in trainer.sizes.items())
-            log.line(f"{line}; estimated bytes {sizes}")
+            log.line(
+                f"epoch {trainer.epoch}/{settings.epochs}: {seconds:.0f} s, loss {loss:.3f}, "
+                f"held-out top-1 {right}; estimated bytes {sizes}"
+            )
     # Into the untouched trunk: exporters get tensors in their plain memory order.
     trunk.load_state_dict(trainer.average.state_dict())
-    return trunk.eval()
+    trunk.eval()
+    return trunk
 
 
 class Trainer:
@@ -151,8 +155,9 @@ class Trainer:
     def _update_average(self, done: int) -> None:
         """Exponential average of the weights; its memory grows with the steps at first."""
         decay = min(self.settings.average, (1 + done) / (10 + done))
+        average, trunk = self.average.state_dict().values(), self.trunk.state_dict().values()
         with torch.no_grad():
-            for mean, now in zip(self.average.state_dict().values(), self.trunk.state_dict().values()):
+            for mean, now in zip(average, trunk, strict=True):
                 if mean.dtype.is_floating_point:
                     mean.lerp_(now, 1 - decay)
                 else:
@@ -160,9 +165,11 @@ class Trainer:
 
 
 def learning_rate(settings: Training, progress: float) -> float:
-    """One cycle (Smith and Topin, arXiv 1708.07120): a cosine up to the peak, a cosine down to almost nothing."""
+    """One cycle (Smith and Topin, arXiv 1708.07120): a cosine up to the peak, a cosine down to almost 0."""
     if progress < settings.warmup:
-        return settings.learning_rate * (0.04 + 0.96 * (1 - math.cos(math.pi * progress / settings.warmup)) / 2)
+        return settings.learning_rate * (
+            0.04 + 0.96 * (1 - math.cos(math.pi * progress / settings.warmup)) / 2
+        )
     share = (progress - settings.warmup) / (1 - settings.warmup)
     return settings.learning_rate * (1e-4 + (1 + math.cos(math.pi * share)) / 2)
 

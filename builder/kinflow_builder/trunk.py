@@ -75,7 +75,7 @@ class Trunk(nn.Module):  # type: ignore[misc]
         logits: dict[str, torch.Tensor] = {}
         features: dict[str, torch.Tensor] = {}
         for segment in self.segments:
-            outputs = dict(zip(segment.output_names, segment(x)))
+            outputs = dict(zip(segment.output_names, segment(x), strict=True))
             if segment.exit is not None:
                 logits[segment.exit] = outputs["logits"]
             if segment.split is not None:
@@ -112,5 +112,7 @@ def make_trunk(folder: Path, network: Network) -> Trunk:
     except (TypeError, ValueError) as exc:
         raise SettingsError(f"network.make = {network.make!r} with {network.options}: {exc}") from exc
     if not isinstance(trunk, Trunk):
-        raise SettingsError(f"{network.make} returns {type(trunk).__name__}, expected kinflow_builder.trunk.Trunk")
+        raise SettingsError(
+            f"{network.make} returns {type(trunk).__name__}, expected kinflow_builder.trunk.Trunk"
+        )
     return trunk

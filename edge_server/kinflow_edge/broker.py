@@ -1,7 +1,7 @@
 """The MQTT broker a server uses: a running one, or a child process configured here.
 
-mosquitto where it is installed; otherwise the embedded one (iotcore: rumqttd in a wheel), which accepts anybody
-and has no ACL, so it is refused beyond loopback.
+mosquitto where it is installed; otherwise the embedded one (iotcore: rumqttd in a wheel), which accepts
+anybody and has no ACL, so it is refused beyond loopback.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Broker:
         if self._settings.address:
             return BrokerAddress.parse(self._settings.address)
         listen = self._settings.listen
-        return BrokerAddress("127.0.0.1" if listen == "0.0.0.0" else listen, self._port)  # noqa: S104
+        return BrokerAddress("127.0.0.1" if listen == "0.0.0.0" else listen, self._port)
 
     @property
     def pid(self) -> int | None:
@@ -124,7 +124,8 @@ class Broker:
                 "or another port with --port"
             )
         assert self._folder is not None
-        config = Path(self._folder.name) / "broker.conf"
+        # rumqttd tells the format by the ending; mosquitto takes any.
+        config = Path(self._folder.name) / "broker.toml"
         config.write_text(
             template.format(
                 listen=listen,

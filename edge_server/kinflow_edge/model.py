@@ -1,4 +1,4 @@
-"""What a server serves of one family: a member opened at every split it can continue from, and the codecs there."""
+"""What a server serves of one family: a member opened at every split it can continue from, with the codecs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ServedFamily:
 
     @classmethod
     def open(cls, family: Family, member: str, threads: int) -> ServedFamily:
-        """Raises FamilyMismatch when the member has no split to continue from, BackendError when it does not run."""
+        """Raises FamilyMismatch when no split leads into the member, BackendError when it does not run."""
         spec = family.manifest.members.get(member)
         if spec is None:
             raise FamilyMismatch(

@@ -36,7 +36,7 @@ class Server:
     """An edge or cloud server. `with Server(tier, settings) as server: server.run(stop)`."""
 
     def __init__(self, tier: Tier, settings: ServerSettings) -> None:
-        """Opens the bundles; starts nothing. Raises SettingsError, BundleError, FamilyMismatch or BackendError."""
+        """Opens the bundles, starts nothing. Raises SettingsError, BundleError, FamilyMismatch, BackendError."""
         if not settings.bundles:
             raise SettingsError(
                 "no bundle to serve: name one as an argument, or in `bundles` of the settings"

@@ -1,7 +1,7 @@
-"""The worker that edge and cloud servers share: admits requests, batches them, computes, answers or escalates.
+"""The worker that edge and cloud servers share: admits requests, batches, computes, answers or escalates.
 
-The network thread unpacks, decodes and admits; one thread of the worker's own runs the graphs and answers. What
-an answer needs of the outside comes in through `publish` and `uplinks`, so the worker owns no socket.
+The network thread unpacks, decodes and admits; one thread of the worker's own runs the graphs and answers.
+What an answer needs of the outside comes in through `publish` and `uplinks`: the worker owns no socket.
 """
 
 from __future__ import annotations
@@ -208,22 +208,13 @@ class Worker:
 
     def _escalate(self, mine: _Mine, uplink: Uplink, route: Route, features: Features) -> None:
         job = mine.job
-        link = uplink.link
-        if link is None:
-            self._reply(mine, Keep("the link upstream was just closed", degraded=True))
+        payload = job.model.family.codec(route.split, route.codec).encode(features)
+        try:
+            future = uplink.request(route, job.request.id, payload, job.due_s - time.monotonic())
+        except LinkError as exc:
+            self._reply(mine, Keep(f"{exc.code}: {exc}", degraded=True))
             return
         self.counts["escalated"] += 1
-        payload = job.model.family.codec(route.split, route.codec).encode(features)
-        request = Request(
-            id=job.request.id,
-            client=link.client_id,
-            family=job.request.family,
-            version=job.request.version,
-            split=route.split,
-            codec=route.codec,
-            deadline_ms=max(0.0, job.due_s - time.monotonic()) * 1e3,
-        )
-        future = link.request(uplink.topic(route), request, payload)
         future.add_done_callback(lambda done: self._relay(mine, done))
 
     def _relay(self, mine: _Mine, done: Future[Answered]) -> None:

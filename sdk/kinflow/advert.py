@@ -25,7 +25,7 @@ class Node:
     node: str
     tier: Tier
     host: str
-    """IPv4 address of the broker; in an Advert, 0.0.0.0 stands for all of `advertised_addresses`."""
+    """IPv4 address of the broker. An Advert also takes a name, and 0.0.0.0 for all `advertised_addresses`."""
     port: int
     families: tuple[tuple[str, str], ...]
     """(family id, version)"""
@@ -96,7 +96,7 @@ _Pair = tuple[Name, Name]
 
 
 def write_advert(node: Node) -> dict[str, str]:
-    """As many families as a TXT string holds: the retained status has them all."""
+    """As many families as a TXT string holds: the retained status has them all. Raises DiscoveryError."""
     families = ",".join(f"{family}:{version}" for family, version in node.families)
     room = MAX_TXT_BYTES - len("families=")
     if len(families) > room:
@@ -107,11 +107,14 @@ def write_advert(node: Node) -> dict[str, str]:
 
 
 def read_advert(txt: Mapping[bytes, bytes | None], host: str, port: int | None) -> Node:
-    """Raises ValueError (msgspec's and UnicodeDecodeError are) on anything but a whole, valid advert."""
+    """Raises DiscoveryError on anything but a whole, valid advert."""
     if not port or not 0 < port < 65536:
-        raise ValueError(f"port {port}")
-    values = {key.decode(): (value or b"").decode() for key, value in txt.items()}
-    checked = msgspec.convert(values, _Txt)
-    pairs = [item.partition(":") for item in checked.families.split(",") if item]
-    families = tuple(msgspec.convert((family, version), _Pair) for family, _, version in pairs)
+        raise DiscoveryError(f"port {port}")
+    try:
+        values = {key.decode(): (value or b"").decode() for key, value in txt.items()}
+        checked = msgspec.convert(values, _Txt)
+        pairs = [item.partition(":") for item in checked.families.split(",") if item]
+        families = tuple(msgspec.convert((family, version), _Pair) for family, _, version in pairs)
+    except (UnicodeDecodeError, msgspec.ValidationError) as exc:
+        raise DiscoveryError(str(exc)) from exc
     return Node(checked.node, checked.tier, host, port, families, printable(checked.software)[:32])

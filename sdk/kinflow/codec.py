@@ -63,7 +63,10 @@ class UniformRansCodec:
         frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
         if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
             raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")
-        step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
+        with np.errstate(over="ignore"):
+            step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
+        if not (np.isfinite(step).all() and (step > 0).all()):
+            raise CodecError(f"codec {name!r}: each step must be positive and finite as float32")
         zero = np.asarray(spec.zero, np.int32).reshape(-1, 1, 1)
         return cls(name, shape, spec.bits, step, zero, frequencies)
 
@@ -195,6 +198,8 @@ def _decode_blocks(data: bytes, rows: list[int], lookup: list[_Row]) -> list[int
             raise CodecError(f"a block of {length} bytes is longer than any block can be")
         state = int.from_bytes(data[position : position + length], "little")
         position += length
+        if length and not data[position - 1]:
+            raise CodecError("a block ends with a zero byte: its length is wrong")
         for row in rows[begin : begin + BLOCK_SYMBOLS]:
             slots, frequencies, starts = lookup[row]
             slot = state & _MASK

@@ -20,7 +20,7 @@ from kinflow.confidence import Reading, read
 from kinflow.errors import LinkError, LinkTimeout, SettingsError
 from kinflow.family import Family, Output
 from kinflow.link import Answered, Link
-from kinflow.messages import Request
+from kinflow.messages import MAX_DEADLINE_MS, Request
 from kinflow.policy import Keep, NoRoute, Offload, Route, decide
 from kinflow.preprocess import Preprocessor
 from kinflow.settings import DeviceSettings
@@ -32,7 +32,7 @@ NEVER = NoRoute("offloading is switched off")
 
 
 class Device:
-    """Runs the device member and offloads what it is not sure of. Use it with `with`; safe to share by threads."""
+    """Runs the device member and offloads what it is not sure of. Use it with `with`; threads may share it."""
 
     def __init__(self, family: Family, settings: DeviceSettings | None = None) -> None:
         """Starts nothing. Raises FamilyMismatch or BackendError when the member cannot run here."""
@@ -90,15 +90,15 @@ class Device:
     def infer(self, image: Any, *, deadline_s: float | None = None) -> Answer:
         """One answer, before the deadline.
 
-        `image`: uint8 0…255 or float32 0…1 in the family's size (Preprocessor). `deadline_s`: seconds from now;
-        without it the settings' one. Raises InputError for a bad image and BackendError when the device's own
-        graph fails; trouble above the device never raises, it makes a degraded answer with a reason.
+        `image`: uint8 0…255 or float32 0…1 in the family's size (Preprocessor). `deadline_s`: seconds from
+        now; without it the settings' one. Raises InputError for a bad image and BackendError when the device's
+        own graph fails; trouble above the device never raises, it makes a degraded answer with a reason.
         """
         start = time.perf_counter()
         if deadline_s is None:
             deadline_s = self.settings.deadline_s
-        elif not deadline_s > 0:
-            raise SettingsError(f"deadline_s must be above 0, got {deadline_s!r}")
+        elif not 0 < deadline_s <= MAX_DEADLINE_MS / 1e3:
+            raise SettingsError(f"deadline_s must be above 0 and at most an hour, got {deadline_s!r}")
         output = self._member.run(self._preprocess(image))
         reading = read(output.logits[0], self._temperature)
         computed = time.perf_counter()
@@ -140,14 +140,12 @@ class Device:
     def _offload(self, local: _Local, route: Route, due: float) -> Answer:
         """Ask the server; whatever goes wrong, the device's own answer is there."""
         features: Features | None = local.output.features
-        assert self._uplink is not None
         assert features is not None
-        link = self._uplink.link
         payload = self._codec.encode(features[0])
         sent = time.perf_counter()
         encode_ms = (sent - local.computed) * 1e3
         try:
-            answered = self._ask(link, route, local.request_id, payload, due - sent)
+            answered = self._ask(route, local.request_id, payload, due - sent)
         except LinkError as exc:
             link_ms = (time.perf_counter() - sent) * 1e3
             keep = Keep(f"{exc.code}: {exc}", degraded=True)
@@ -173,22 +171,11 @@ class Device:
             request_id=local.request_id.hex(),
         )
 
-    def _ask(
-        self, link: Link | None, route: Route, request_id: bytes, payload: bytes, remaining_s: float
-    ) -> Answered:
+    def _ask(self, route: Route, request_id: bytes, payload: bytes, remaining_s: float) -> Answered:
         assert self._uplink is not None
-        if link is None or remaining_s <= 0:
+        if remaining_s <= 0:
             raise LinkTimeout("the deadline passed while the features were coded")
-        request = Request(
-            id=request_id,
-            client=link.client_id,
-            family=self.family.id,
-            version=self.family.version,
-            split=route.split,
-            codec=route.codec,
-            deadline_ms=remaining_s * 1e3,
-        )
-        future = link.request(self._uplink.topic(route), request, payload)
+        future = self._uplink.request(route, request_id, payload, remaining_s)
         try:
             answered = future.result(remaining_s)
         except (FutureTimeoutError, CancelledError) as exc:

@@ -9,8 +9,8 @@ follow the machine's addresses as they come and go, and `check()` raises Discove
 
 from __future__ import annotations
 
-import ipaddress
 import logging
+import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -220,40 +220,43 @@ class _Listener(zeroconf.ServiceListener):
 class Advert(_Attached):
     """Announces `node` while it is open; closing says goodbye.
 
-    Raises DiscoveryError for a node that cannot be told. A node on a loopback address is announced on
+    Raises DiscoveryError for a node that no advert can describe. A node on a loopback address is announced on
     loopback alone: elsewhere the address would mean the listener's own machine.
     """
 
     def __init__(self, node: Node, *, interfaces: Sequence[str] = ()) -> None:
-        if not interfaces and ipaddress.IPv4Address(node.host).is_loopback:
-            interfaces = (node.host,)
+        host = "127.0.0.1" if node.host == "localhost" else node.host
+        if not interfaces and host.startswith("127."):
+            interfaces = (host,)
         super().__init__(interfaces)
-        self._node = node
-        self._info()
+        self._host = host
+        self._port = node.port
+        try:
+            self._txt = write_advert(node)
+        except DiscoveryError as exc:
+            raise DiscoveryError(f"{node!r} cannot be announced: {exc}") from exc
+        self._label = node.node.replace(".", "-")[: MAX_LABEL_BYTES - len("kinflow-")]
 
     def _attached(self, instance: zeroconf.Zeroconf) -> None:
         # Node names are chosen to be unique; probing for conflicts would take more than a second.
         instance.register_service(self._info(), cooperating_responders=True)
 
     def _info(self) -> zeroconf.ServiceInfo:
-        node = self._node
-        addresses = [node.host] if node.host != ANY_ADDRESS else list(advertised_addresses(self._interfaces))
-        label = node.node.replace(".", "-")[: MAX_LABEL_BYTES - len("kinflow-")]
-        try:
-            properties = write_advert(node)
-            return zeroconf.ServiceInfo(
-                SERVICE,
-                f"{label}.{SERVICE}",
-                parsed_addresses=addresses,
-                port=node.port,
-                properties=properties,
-                # Not `<label>.local.`: a node named like its host would take that name from the host.
-                server=f"kinflow-{label}.local.",
-                host_ttl=TTL_S,
-                other_ttl=TTL_S,
-            )
-        except _FAILURES as exc:
-            raise DiscoveryError(f"{node!r} cannot be announced: {exc}") from exc
+        if self._host == ANY_ADDRESS:
+            addresses = list(advertised_addresses(self._interfaces))
+        else:
+            addresses = [socket.gethostbyname(self._host)]
+        return zeroconf.ServiceInfo(
+            SERVICE,
+            f"{self._label}.{SERVICE}",
+            parsed_addresses=addresses,
+            port=self._port,
+            properties=self._txt,
+            # Not `<label>.local.`: a node named like its host would take that name from the host.
+            server=f"kinflow-{self._label}.local.",
+            host_ttl=TTL_S,
+            other_ttl=TTL_S,
+        )
 
 
 def _open(addresses: Sequence[str]) -> zeroconf.Zeroconf:

@@ -7,6 +7,8 @@ size and sha256. Graphs are opened from the verified bytes, so a file cannot cha
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ class Family:
             raw = reader.read(MANIFEST, MAX_MANIFEST_BYTES)
             try:
                 manifest = msgspec.json.decode(raw, type=Manifest)
-            except msgspec.DecodeError as exc:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
                 raise BundleError(f"{root}/{MANIFEST}: {exc}") from exc
             _check_references(root, manifest)
             files = {file.path: _read_verified(reader, root, file) for file in manifest.files()}
@@ -173,15 +175,21 @@ class _FolderReader:
         self._root = root.resolve()
 
     def read(self, name: str, limit: int) -> bytes:
-        path = (self._root / name).resolve()
-        if not path.is_relative_to(self._root):
-            raise BundleError(f"{self._root}: the file {name!r} is outside the bundle")
         try:
-            if path.stat().st_size > limit:
-                raise BundleError(f"{path} has {path.stat().st_size} bytes, at most {limit} are expected")
+            path = (self._root / name).resolve()
+            if not path.is_relative_to(self._root):
+                raise BundleError(f"{self._root}: the file {name!r} is outside the bundle")
+            found = path.stat()
+            # Reading a pipe or a device could wait for ever.
+            if not stat.S_ISREG(found.st_mode):
+                raise BundleError(f"{path} is not a regular file")
+            if found.st_size > limit:
+                raise BundleError(f"{path} has {found.st_size} bytes, at most {limit} are expected")
             return path.read_bytes()
         except OSError as exc:
             raise BundleError(f"{path}: {exc.strerror}: is this the folder of a bundle?") from exc
+        except (ValueError, RuntimeError) as exc:  # a NUL in the name, links in a circle
+            raise BundleError(f"{self._root}: cannot read {name!r}: {exc}") from exc
 
     def close(self) -> None:
         pass
@@ -192,14 +200,14 @@ class _ZipReader:
         self._root = root
         try:
             self._zip = zipfile.ZipFile(root)
-        except (OSError, zipfile.BadZipFile) as exc:
+        except Exception as exc:  # zipfile lets through what its parts raise: zlib.error, EOFError, …
             raise BundleError(f"{root} is neither the folder of a bundle nor a .zip of one: {exc}") from exc
 
     def read(self, name: str, limit: int) -> bytes:
         try:
             with self._zip.open(name) as stream:
                 data = stream.read(limit + 1)
-        except (KeyError, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as exc:
+        except Exception as exc:  # as above
             raise BundleError(f"{self._root}: cannot read {name!r}: {exc}") from exc
         if len(data) > limit:
             raise BundleError(f"{self._root}: {name!r} has more than the {limit} bytes expected")
@@ -210,9 +218,12 @@ class _ZipReader:
 
 
 def _open_reader(root: Path) -> _FolderReader | _ZipReader:
-    if not root.exists():
-        raise BundleError(f"{root} does not exist: give the folder or the .zip of a bundle")
-    return _FolderReader(root) if root.is_dir() else _ZipReader(root)
+    if os.path.isdir(root):
+        return _FolderReader(root)
+    # Not Path.is_file(), which raises on names that the system refuses.
+    if os.path.isfile(root):
+        return _ZipReader(root)
+    raise BundleError(f"{root} does not exist: give the folder or the .zip of a bundle")
 
 
 def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -> bytes:
@@ -260,6 +271,8 @@ def _check_references(root: Path, manifest: Manifest) -> None:
             f"preprocess.mean and preprocess.std need {channels} entries for mode {manifest.preprocess.mode}"
         )
     shapes = {INPUT: [channels, manifest.preprocess.height, manifest.preprocess.width]}
+    if INPUT in manifest.splits:
+        fail(f"a split may not be called {INPUT!r}: segments mean the family's input by it")
     for name, split in manifest.splits.items():
         shapes[name] = split.shape
         if split.default_codec not in split.codecs:

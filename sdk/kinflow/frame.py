@@ -69,7 +69,8 @@ def unpack(data: bytes) -> Frame:
     start = _PREFIX.size + header_bytes
     try:
         message = _decoder.decode(view[_PREFIX.size : start])
-    except msgspec.DecodeError as exc:  # ValidationError is one of these
+    # ValidationError is a DecodeError; text that is not UTF-8 and nesting without end come as they are.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise FrameError(f"header: {exc}") from exc
     return Frame(message, bytes(view[start:end]))
 

@@ -47,7 +47,8 @@ def content(raw: bytes, path: str | Path) -> bytes:
 def parse(raw: bytes, path: str | Path, axes: int | None = None) -> npt.NDArray[np.uint8]:
     """The array in `raw`, the content of an idx file; `path` is for the errors."""
     if len(raw) < 4 or raw[:2] != b"\0\0":
-        raise InputError(f"{path}: expected an idx file (it begins with two zero bytes), found {raw[:4].hex() or 'nothing'}")
+        found = raw[:4].hex() or "nothing"
+        raise InputError(f"{path}: expected an idx file, which begins with two zero bytes, found {found}")
     kind, found_axes = raw[2], raw[3]
     if kind != UNSIGNED_BYTE:
         raise InputError(f"{path}: expected idx values of type 8 (unsigned bytes), found type {kind}")
@@ -59,7 +60,9 @@ def parse(raw: bytes, path: str | Path, axes: int | None = None) -> npt.NDArray[
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, begin, 4))
     expected = math.prod(shape)
     if expected > MAX_BYTES or len(raw) - begin != expected:
-        raise InputError(f"{path}: expected {expected} values for the shape {shape}, found {len(raw) - begin}")
+        raise InputError(
+            f"{path}: expected {expected} values for the shape {shape}, found {len(raw) - begin}"
+        )
     return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape)
 
 

@@ -135,7 +135,7 @@ def _to_mode(image: Any, mode: str) -> Any:
 
 
 def _is_idx(path: Path) -> bool:
-    """By content: no picture format is gzipped or begins with two zero bytes and the code of unsigned bytes."""
+    """By content: no picture is gzipped or begins with two zero bytes and the code of unsigned bytes."""
     try:
         with path.open("rb") as stream:
             head = stream.read(3)

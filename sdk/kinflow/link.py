@@ -1,7 +1,7 @@
 """MQTT request/reply over one Connection: correlation, deadline, retry.
 
-Requests go out at QoS 0. One that got no reply is published again under the same id: after the connection
-came back, and once while it stands. Servers remember recent ids and answer a repeat from memory.
+Requests go out at QoS 0. One that waits is published again under the same id: when the connection came back,
+and once on each connection when no reply came. Servers remember recent ids and answer a repeat from memory.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class _Awaited(Future[Answered]):
         self.deadline_s = self.sent_s + request.deadline_ms / 1e3
         self.bytes_up = 0
         self.attempts = 0
+        self.repeated = False  # it was published again for want of a reply, on the present connection
         self.orphaned = False  # its connection was lost, and with it perhaps the request or the reply
         self.set_running_or_notify_cancel()  # from now on cancel() does nothing
 
@@ -217,10 +218,7 @@ class Link:
             if self._forget(request.id) is not None:
                 future.set_exception(exc)
             return future
-        # One timer now, the second when it fires: most requests are answered before.
-        retry_s = future.sent_s + max(3 * (self._round_trip_s or 0.0), request.deadline_ms / 3e3)
-        on_timer = functools.partial(self._on_timer, request.id)
-        self.connection.call_at(min(retry_s, future.deadline_s), on_timer)
+        self._call_at_silence(future)
         return future
 
     def _remember(self, future: _Awaited) -> None:
@@ -259,12 +257,20 @@ class Link:
 
     # Network thread: time passes. Timers hold the id alone: a payload lives no longer than its request.
 
+    def _call_at_silence(self, future: _Awaited) -> None:
+        # One timer now, the one of the deadline when it fires: most requests are answered before.
+        now_s = time.monotonic()
+        patience_s = max(3 * (self._round_trip_s or 0.0), (future.deadline_s - now_s) / 3)
+        on_timer = functools.partial(self._on_timer, future.request.id)
+        self.connection.call_at(min(now_s + patience_s, future.deadline_s), on_timer)
+
     def _on_timer(self, request_id: bytes) -> None:
         future = self._waiting.get(request_id)
         if future is None:
             return
         if time.monotonic() < future.deadline_s:
-            if future.attempts == 1 and self.connected:
+            if not future.repeated and self.connected:
+                future.repeated = True
                 self._publish_again(future)
             self.connection.call_at(future.deadline_s, functools.partial(self._on_timer, request_id))
         elif self._forget(request_id) is not None:
@@ -285,8 +291,9 @@ class Link:
         with self._lock:
             orphans = [future for future in self._waiting.values() if future.orphaned]
         for future in orphans:
-            future.orphaned = False
+            future.orphaned = future.repeated = False
             self._publish_again(future)
+            self._call_at_silence(future)
 
     # The thread that reads: messages come in
 

@@ -13,9 +13,11 @@ import msgspec
 
 Tier = Literal["device", "edge", "cloud"]
 RequestId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
-NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+# Bounded: an infinite time would pass through every comparison and break timers.
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+MAX_DEADLINE_MS = 3_600_000
 
 
 class Hop(msgspec.Struct, frozen=True, array_like=True):
@@ -40,7 +42,7 @@ class Request(msgspec.Struct, frozen=True, tag="request", array_like=True):
     version: Name
     split: Name
     codec: Name
-    deadline_ms: NonNegative
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_MS)]
     """What is left of the deadline when this was sent: clocks need not agree."""
 
 

@@ -7,6 +7,8 @@ docs/settings.md lists every key; a flag of the command overrides its key.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -63,7 +65,7 @@ class BrokerSettings(_Settings, frozen=True):
         str,
         _doc(
             "What to start: `mosquitto`, `embedded`, or `auto` (mosquitto where installed).",
-            pattern="^(auto|mosquitto|embedded)$",
+            pattern=r"^(auto|mosquitto|embedded)\Z",
         ),
     ] = "auto"
     listen: Annotated[
@@ -79,7 +81,7 @@ class ServerSettings(_Settings, frozen=True):
         str,
         _doc(
             "Name of this server, unique on its network; empty: host name and tier.",
-            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$",
+            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
         ),
     ] = ""
     bundles: Annotated[list[str], _doc("Bundles to serve: folders or .zip files.")] = []
@@ -114,7 +116,9 @@ S = TypeVar("S", bound=_Settings)
 def search_paths(role: str) -> list[Path]:
     """Where a role's settings file is looked for, in order."""
     name = f"{role}.toml"
-    return [Path(f"kinflow-{name}"), Path.home() / ".config/kinflow" / name, Path("/etc/kinflow") / name]
+    # Not Path.home(), which raises where there is none: a service may run as a user without an entry.
+    home = Path(os.path.expanduser("~"))
+    return [Path(f"kinflow-{name}"), home / ".config/kinflow" / name, Path("/etc/kinflow") / name]
 
 
 def load(role: str, kind: type[S], file: Path | None = None, **flags: Any) -> S:
@@ -143,4 +147,15 @@ def load(role: str, kind: type[S], file: Path | None = None, **flags: Any) -> S:
     try:
         return msgspec.convert(keys, kind)
     except msgspec.ValidationError as exc:
-        raise SettingsError(f"{source}: {exc} (docs/settings.md lists the keys)") from exc
+        raise SettingsError(f"{source}: {_explain(exc, keys)} (docs/settings.md lists the keys)") from exc
+
+
+def _explain(error: msgspec.ValidationError, keys: dict[str, Any]) -> str:
+    """msgspec's sentence, which names the key, with the value it means."""
+    place = re.search(r" - at `\$\.(.+)`$", str(error))
+    if place is None:
+        return str(error)
+    value: Any = keys
+    for part in re.findall(r"\w+", place[1]):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return f"{place[1]} is {value!r}: {str(error)[: place.start()]}"

@@ -1,6 +1,8 @@
-"""Which server a device asks: found by zeroconf or named in the settings, one link at a time.
+"""Which server is asked: found by zeroconf or named in the settings, one link at a time.
 
-A thread of its own makes and replaces the link, so that nothing here ever holds up an inference.
+Devices use it for the edge, edge servers for the cloud. A thread of its own makes and replaces the link,
+so that nothing here ever holds up an inference. A link is replaced when its server stays unusable and another
+one is announced, or when one of a nearer tier is announced; the new link must work before the old one is left.
 """
 
 from __future__ import annotations
@@ -9,23 +11,51 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from kinflow import topics
-from kinflow.discovery import Browser, Node
-from kinflow.errors import KinflowError
+from kinflow.discovery import Browser
+from kinflow.errors import KinflowError, LinkLost
 from kinflow.family import Family
-from kinflow.link import Link
-from kinflow.messages import NodeStatus, Tier
+from kinflow.link import Answered, Link
+from kinflow.logs import event
+from kinflow.messages import NodeStatus, Request, Tier
 from kinflow.mqtt import BrokerAddress
 from kinflow.policy import LinkEstimate, NoRoute, Route
 
 log = logging.getLogger("kinflow.uplink")
 
 CHECK_INTERVAL_S = 0.25
-# A server that stays unreachable this long is given up for another one that is announced.
+# A server that stays unusable this long is given up for another one that is announced ...
 GIVE_UP_S = 2.0
-# Before the first reply nothing is known of the link: expect little, the deadline still holds.
+# ... and not tried again for this long while there are others.
+AVOID_S = 5.0
+# What a new link gets to connect and hear of a usable server before it is dropped again.
+TRIAL_S = 1.5
+# A replaced link stays open this long: requests may still be under way on it.
+RETIRE_S = 10.0
+# At the start a farther tier is taken only when no nearer one was announced in this time.
+PATIENCE_S = 0.5
+# Before the first reply nothing is known of the way: expect little, the deadline still holds.
 FIRST_ROUND_TRIP_S = 0.005
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A broker to link to; a named one stands for every tier."""
+
+    address: BrokerAddress
+    rank: int
+    """Place of its tier among those asked, 0 the nearest."""
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The link in use and where it leads."""
+
+    target: _Target
+    link: Link
 
 
 class Uplink:
@@ -48,11 +78,14 @@ class Uplink:
         self._split = split
         self._codec = codec
         self._client_id = client_id
-        self._fixed = BrokerAddress.parse(broker) if broker else None
+        self._fixed = _Target(BrokerAddress.parse(broker), 0) if broker else None
         self._browser = None if broker else Browser(interfaces=interfaces, on_change=self._poke)
-        self._link: Link | None = None
-        self._address: BrokerAddress | None = None
-        self._lost_since: float | None = None
+        self._path: _Path | None = None
+        self._retired: list[tuple[float, Link]] = []
+        self._avoided_until_s: dict[BrokerAddress, float] = {}
+        self._unusable_since_s = 0.0
+        self._started_s = 0.0
+        self._links_made = 0
         self._changed = threading.Event()
         self._stop = threading.Event()
         self._routable = threading.Condition()
@@ -61,6 +94,7 @@ class Uplink:
     def start(self) -> None:
         if self._browser is not None:
             self._browser.start()
+        self._started_s = time.monotonic()
         self._thread.start()
 
     def close(self) -> None:
@@ -69,12 +103,11 @@ class Uplink:
         self._thread.join()
         if self._browser is not None:
             self._browser.close()
-        if self._link is not None:
-            self._link.close()
-
-    @property
-    def link(self) -> Link | None:
-        return self._link
+        links = [link for _, link in self._retired]
+        if self._path is not None:
+            links.append(self._path.link)
+        for link in links:
+            link.close()
 
     def wait(self, timeout_s: float) -> bool:
         """True as soon as there is a route, False when there is none after `timeout_s`."""
@@ -82,15 +115,37 @@ class Uplink:
             return self._routable.wait_for(lambda: isinstance(self.route(), Route), timeout_s)
 
     def route(self) -> Route | NoRoute:
-        """The best server of the connected broker, or why there is none."""
-        link = self._link
-        if link is None:
-            return NoRoute("no server found yet")
-        if not link.connected:
-            return NoRoute(f"no connection to {self._address}")
-        refusal = "no server on the broker"
+        """The best server that the current link reaches, or why there is none."""
+        path = self._path
+        return NoRoute("no server found yet") if path is None else self._route_by(path)
+
+    def request(
+        self, route: Route, request_id: bytes, payload: bytes, remaining_s: float
+    ) -> Future[Answered]:
+        """Send coded features along `route`. The future ends within `remaining_s`, see Link.request.
+
+        Raises LinkLost when the link that `route` was for was replaced meanwhile.
+        """
+        path = self._path
+        if path is None or route.node not in path.link.nodes:
+            raise LinkLost(f"the link to {route.node} was just replaced")
+        request = Request(
+            id=request_id,
+            client=path.link.client_id,
+            family=self._family.id,
+            version=self._family.version,
+            split=route.split,
+            codec=route.codec,
+            deadline_ms=max(0.0, remaining_s) * 1e3,
+        )
+        return path.link.request(topics.request(route.tier, self._family.id, route.split), request, payload)
+
+    def _route_by(self, path: _Path) -> Route | NoRoute:
+        if not path.link.connected:
+            return NoRoute(f"no connection to {path.target.address}")
+        refusal = f"no server at {path.target.address}"
         best: NodeStatus | None = None
-        for status in list(link.nodes.values()):
+        for status in path.link.nodes.values():
             why = self._refusal(status)
             if why:
                 refusal = why
@@ -98,13 +153,11 @@ class Uplink:
                 best = status
         if best is None:
             return NoRoute(refusal)
-        round_trip = link.round_trip_s
-        estimate = LinkEstimate(FIRST_ROUND_TRIP_S if round_trip is None else round_trip, best.queue_ms / 1e3)
+        round_trip_s = path.link.round_trip_s
+        estimate = LinkEstimate(
+            FIRST_ROUND_TRIP_S if round_trip_s is None else round_trip_s, best.queue_ms / 1e3
+        )
         return Route(best.node, best.tier, self._split, self._codec, estimate)
-
-    def topic(self, route: Route) -> str:
-        """Where requests to the route's tier go."""
-        return topics.request(route.tier, self._family.id, route.split)
 
     def _rank(self, status: NodeStatus) -> tuple[int, float, str]:
         return self._tiers.index(status.tier), status.queue_ms, status.node
@@ -112,13 +165,14 @@ class Uplink:
     def _refusal(self, status: NodeStatus) -> str:
         """Why this node cannot be asked; empty when it can."""
         if status.tier not in self._tiers:
-            return f"{status.node} is an {status.tier} server, {' or '.join(self._tiers)} is asked"
+            return f"{status.node} is of the tier {status.tier}, {' or '.join(self._tiers)} is asked"
         if status.state != "ready":
             return f"{status.node} is {status.state}"
         for served in status.families:
             if served.family == self._family.id:
                 if served.version != self._family.version:
-                    return f"{status.node} serves {served.family} {served.version}, this is {self._family.version}"
+                    found = f"{served.family} {served.version}"
+                    return f"{status.node} serves {found}, this is {self._family.version}"
                 if self._codec not in served.splits.get(self._split, []):
                     return f"{status.node} does not take {self._codec} at split {self._split}"
                 return ""
@@ -132,47 +186,69 @@ class Uplink:
             try:
                 self._supervise(time.monotonic())
             except KinflowError as exc:
-                log.warning("uplink error=%s", exc)
+                event(log, logging.WARNING, "uplink failed", error=str(exc))
             with self._routable:
                 self._routable.notify_all()
             self._changed.wait(CHECK_INTERVAL_S)
             self._changed.clear()
 
     def _supervise(self, now_s: float) -> None:
-        """Make the first link, and replace one that stays unusable when another server is announced."""
-        if self._link is not None and isinstance(self.route(), Route):
-            self._lost_since = None
-            return
-        if self._lost_since is None:
-            self._lost_since = now_s
-        if self._link is not None and now_s - self._lost_since < GIVE_UP_S:
-            return
-        target = self._next_address()
-        if target is None or (self._link is not None and target == self._address):
-            return
-        old, self._link = self._link, None
-        if old is not None:
-            old.close()
-        link = Link(target, self._client_id, on_status=self._poke)
-        link.start()
-        self._address, self._link, self._lost_since = target, link, now_s
-        log.info("uplink broker=%s", target)
+        """Close what is no longer used; make the first link, or a better one."""
+        for entry in [entry for entry in self._retired if entry[0] <= now_s]:
+            self._retired.remove(entry)
+            entry[1].close()
+        path = self._path
+        usable = path is not None and isinstance(self._route_by(path), Route)
+        if usable or path is None:
+            self._unusable_since_s = now_s
+        target = self._choose(path, usable, now_s)
+        if target is not None and (path is None or target.address != path.target.address):
+            self._replace(path, target)
 
-    def _next_address(self) -> BrokerAddress | None:
-        """The named broker, or the announced server after the one in use: edge first, then by name."""
+    def _choose(self, path: _Path | None, usable: bool, now_s: float) -> _Target | None:
+        """The broker to be linked to now; the current one means: stay."""
         if self._browser is None:
             return self._fixed
-        announced = [
-            BrokerAddress(node.host, node.port)
-            for node in sorted(self._browser.nodes(), key=_announcement_rank)
-            if (self._family.id, self._family.version) in node.families
+        targets = [
+            target for target in self._announced() if self._avoided_until_s.get(target.address, 0.0) <= now_s
         ]
-        if not announced:
-            return None
-        if self._address in announced:
-            return announced[(announced.index(self._address) + 1) % len(announced)]
-        return announced[0]
+        if path is None:
+            patient = now_s - self._started_s < PATIENCE_S
+            return targets[0] if targets and not (patient and targets[0].rank > 0) else None
+        if usable:
+            nearer = [target for target in targets if target.rank < path.target.rank]
+            return nearer[0] if nearer else path.target
+        if now_s - self._unusable_since_s < GIVE_UP_S:
+            return path.target
+        others = [target for target in targets if target.address != path.target.address]
+        return others[0] if others else path.target
 
+    def _announced(self) -> list[_Target]:
+        """Announced servers of this family, the nearest tier first, then by name."""
+        assert self._browser is not None
+        nodes = [
+            node
+            for node in self._browser.nodes()
+            if node.tier in self._tiers and (self._family.id, self._family.version) in node.families
+        ]
+        nodes.sort(key=lambda node: (self._tiers.index(node.tier), node.node))
+        return [_Target(BrokerAddress(node.host, node.port), self._tiers.index(node.tier)) for node in nodes]
 
-def _announcement_rank(node: Node) -> tuple[bool, str]:
-    return node.tier != "edge", node.node
+    def _replace(self, old: _Path | None, target: _Target) -> None:
+        """Link to `target`; keep the old link when the new one does not work out."""
+        self._links_made += 1
+        # A client id of its own for each link: old and new may meet at one broker.
+        link = Link(target.address, f"{self._client_id}-{self._links_made}", on_status=self._poke)
+        path = _Path(target, link)
+        link.start()
+        if old is not None:
+            give_up_s = time.monotonic() + TRIAL_S
+            while not isinstance(self._route_by(path), Route):
+                if time.monotonic() > give_up_s or self._stop.is_set():
+                    self._avoided_until_s[target.address] = time.monotonic() + AVOID_S
+                    link.close()
+                    return
+                self._stop.wait(0.02)
+            self._retired.append((time.monotonic() + RETIRE_S, old.link))
+        self._path = path
+        event(log, logging.INFO, "uplink", broker=str(target.address))

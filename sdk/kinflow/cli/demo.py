@@ -21,7 +21,7 @@ from rich.table import Table
 from kinflow.answer import Answer
 from kinflow.cli.summary import bytes_up, summarise, table
 from kinflow.device import Device
-from kinflow.errors import LinkError
+from kinflow.errors import InputError, LinkError
 from kinflow.fleet import LOOPBACK, Fleet
 from kinflow.images import Item, sources
 from kinflow.manifest import BackendName
@@ -62,7 +62,7 @@ def demo(
                 raise LinkError(
                     "zeroconf found no edge server on 127.0.0.1: does `kinflow doctor` report multicast?"
                 )
-        items = list(sources([str(family / "samples")], device.family.preprocess))[:images]
+        items = list(sources([_samples(family)], device.family.preprocess))[:images]
         answers = _classify(device, items, fleet, console)
         summary = summarise(
             device.family, answers, [item.image for item in items], [int(item.truth or 0) for item in items]
@@ -138,3 +138,11 @@ def _live(total: int, console: Console) -> Iterator[_View]:
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     """SIGTERM unwinds the stack like Ctrl-C, so that every child is stopped."""
     raise SystemExit(143)
+
+
+def _samples(family: Path) -> Path:
+    """The idx file of sample images; its labels lie beside it."""
+    found = sorted((family / "samples").glob("*images*idx3*"))
+    if not found:
+        raise InputError(f"{family / 'samples'} holds no idx file of images: name the folder of a family")
+    return found[0]

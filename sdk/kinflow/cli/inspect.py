@@ -189,7 +189,8 @@ def _exits_table(exits: dict[str, Any]) -> Any:
         if certificate is not None:
             text = (
                 f"{certificate['risk']} <= {certificate['epsilon']:g} with probability "
-                f"{1 - certificate['delta']:g} from n = {certificate['n']}, keeps {certificate['kept_share']:.1%}"
+                f"{1 - certificate['delta']:g} from n = {certificate['n']}, "
+                f"keeps {certificate['kept_share']:.1%}"
             )
         row = (
             name,

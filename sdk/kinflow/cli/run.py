@@ -35,10 +35,7 @@ def run(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH…",
-            help="Images, folders of them, idx files (.gz too; with the labels beside them: truth and "
-            "accuracy), or `-`: raw uint8 frames on standard input, each exactly height*width*channels bytes of "
-            "the family's input size, rows first, channels last, until the input ends.",
+            metavar="PATH…", help="Images, folders of them, idx files, or - for frames on standard input."
         ),
     ],
     bundle: Annotated[
@@ -83,7 +80,12 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image and line.")] = False,
 ) -> None:
-    """Classify images here, asking a server where the device itself is not sure."""
+    """Classify images here, asking a server where the device itself is not sure.
+
+    An idx file (.gz too) with the file of its labels beside it also gives truth and accuracy. Frames on standard
+    input are raw uint8, each exactly height*width*channels bytes of the family's input size, rows first, channels
+    last, until the input ends; a truncated last frame is an error.
+    """
     from kinflow.device import Device
     from kinflow.family import Family
 
@@ -127,7 +129,8 @@ def show_table(device: Any, items: Any, labels: list[str]) -> None:
             console.print(_row(item, answer, truth), soft_wrap=True)
     finally:
         if summary.images:
-            console.print(Text(summary.line(), "bold"), soft_wrap=True)
+            # Another Console: one that was interrupted while printing would repeat what it still holds.
+            Console(highlight=False).print(Text(summary.line(), "bold"), soft_wrap=True)
 
 
 @dataclass

@@ -1,0 +1,144 @@
+"""The MQTT 5 session of one connection; the one adapter file for paho-mqtt.
+
+paho does what happens now and then: CONNECT, will, SUBSCRIBE, keepalive, DISCONNECT. It only queues what it wants
+to send, and reads only when told to: mqtt.py owns the socket's time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from kinflow.address import BrokerAddress
+from kinflow.errors import LinkLost
+from kinflow.frame import MAX_FRAME_BYTES
+
+log = logging.getLogger("kinflow.link")
+
+CONNECT_TIMEOUT_S = 3.0
+MAX_PACKET_BYTES = MAX_FRAME_BYTES + 1024
+# Much larger than the defaults: 0.6 of the latency at 128 kB, several times the throughput.
+_SOCKET_BUFFER_BYTES = 512 * 1024
+
+
+class Session:
+    """Everything but PUBLISH at QoS 0. One thread at a time; `on_ready` runs inside `read`."""
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        *,
+        subscriptions: Sequence[str],
+        will: tuple[str, bytes] | None,
+        keepalive_s: int,
+        on_ready: Callable[[], None],
+    ) -> None:
+        self._address = address
+        self._name = client_id
+        self._subscriptions = tuple(subscriptions)
+        self._keepalive_s = keepalive_s
+        self._on_ready = on_ready
+        client = self._client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5
+        )
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        if will is not None:
+            client.will_set(will[0], will[1], qos=0, retain=True)
+        client.on_connect = self._connected
+        client.on_subscribe = self._subscribed
+        client.on_disconnect = self._disconnected
+        client.on_socket_open = self._opened
+        # With this set, paho queues what it sends until `write`.
+        client.on_socket_register_write = lambda *_: None
+
+    def connect(self) -> None:
+        """Open the socket and queue CONNECT. Blocks while the name resolves and the host answers; LinkLost."""
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.MaximumPacketSize = MAX_PACKET_BYTES
+        host, port = self._address.host, self._address.port
+        try:
+            self._client.connect(host, port, self._keepalive_s, clean_start=True, properties=properties)
+        except (OSError, ValueError) as exc:  # UnicodeError of an impossible host name is a ValueError
+            raise LinkLost(f"no connection to {self._address}: {exc}") from exc
+
+    @property
+    def open(self) -> bool:
+        return self._client.socket() is not None
+
+    def duplicate_socket(self) -> socket.socket:
+        """A socket of one's own: paho may close its at any time, which must not pull it away from a sender."""
+        sock = self._client.socket()
+        if not isinstance(sock, socket.socket):
+            raise LinkLost(f"the connection to {self._address} ended")
+        return sock.dup()
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether something is queued, or on the wire in part: then nothing else may be sent."""
+        return self._client.want_write()
+
+    def write(self) -> None:
+        """Send what is queued, as far as the socket takes it."""
+        self._client.loop_write()
+
+    def read(self) -> None:
+        """Read one packet, which must be there whole: whether paho waits for the rest of one cannot be asked."""
+        self._client.loop_read()
+
+    def tick(self) -> None:
+        """Keep alive: to be called several times per keepalive."""
+        self._client.loop_misc()
+
+    def disconnect(self) -> None:
+        """Send DISCONNECT, so that there is no will, and close."""
+        self._client.disconnect()
+        self._client.loop_write()
+
+    def drop(self, sock: socket.socket) -> None:
+        """Close at once: the socket takes nothing more, so that paho fails to send and closes."""
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        self.disconnect()
+
+    # paho's callbacks
+
+    def _opened(self, _client: paho.Client, _data: Any, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER_BYTES)
+
+    def _connected(
+        self, client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
+    ) -> None:
+        if reason.is_failure:
+            log.warning("%s: %s refused the connection: %s", self._name, self._address, reason)
+        elif self._subscriptions:
+            client.subscribe([(topic, SubscribeOptions(qos=0)) for topic in self._subscriptions])
+        else:
+            self._on_ready()
+
+    def _subscribed(
+        self, client: paho.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
+    ) -> None:
+        refused = [topic for topic, reason in zip(self._subscriptions, reasons) if reason.is_failure]
+        if refused or len(reasons) != len(self._subscriptions):
+            log.warning("%s: %s refused to subscribe to %s", self._name, self._address, ", ".join(refused))
+            client.disconnect()
+        else:
+            self._on_ready()
+
+    def _disconnected(
+        self, _client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
+    ) -> None:
+        log.debug("%s: connection to %s ended: %s", self._name, self._address, reason)
