@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from brokers import KINDS, TestBroker, running, wait_until
 from kinflow import topics
 from kinflow.errors import (
@@ -165,7 +166,7 @@ def test_many_threads_wait_at_once(broker: TestBroker, link: Link) -> None:
 @pytest.mark.parametrize("deadline_ms", [0, 30, 300])
 @pytest.mark.parametrize("wait", ["result", "callback"])
 def test_silence_ends_at_the_deadline(broker: TestBroker, link: Link, deadline_ms: int, wait: str) -> None:
-    """With a server that says nothing the future fails with LinkTimeout at its deadline, waited for or not."""
+    """A server says nothing: the future fails with LinkTimeout at its deadline, waited for or not."""
     with Server(broker.address, keep_silent):
         ended: queue.SimpleQueue[float] = queue.SimpleQueue()
         start_s = time.monotonic()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from brokers import KINDS, TestBroker, running, wait_until
 from kinflow.errors import FrameError, LinkError, LinkLost, SettingsError
 from kinflow.frame import MAX_FRAME_BYTES
@@ -169,7 +170,7 @@ def test_many_threads_publish_whole_packets(broker: TestBroker) -> None:
 
 
 def test_a_broker_that_takes_nothing_is_waited_for_within_bounds(own_broker: TestBroker) -> None:
-    """While the broker is frozen publishing does not block, too much is a LinkError, and all the rest arrives."""
+    """While the broker is frozen publishing never blocks, too much is a LinkError, all the rest arrives."""
     with Listener(own_broker.address, "flood", keepalive_s=60) as listener:
         sent = 0
         with own_broker.frozen(), pytest.raises(LinkError, match="wait to be sent"):  # noqa: PT012
@@ -217,7 +218,8 @@ def test_keepalive_holds_an_idle_connection(broker: TestBroker) -> None:
 WILL = """
 import sys, time
 from kinflow.mqtt import BrokerAddress, Connection
-connection = Connection(BrokerAddress.parse(sys.argv[1]), "mortal", on_message=print, will=("will", b"offline"))
+address = BrokerAddress.parse(sys.argv[1])
+connection = Connection(address, "mortal", on_message=print, will=("will", b"offline"))
 connection.start()
 assert connection.wait_connected(10)
 if sys.argv[2] == "close":
@@ -258,13 +260,11 @@ def test_calls_are_made_without_a_connection() -> None:
 
 
 def test_the_waiting_thread_reads_itself(broker: TestBroker) -> None:
-    """A message that comes while a thread drives is delivered on that thread; otherwise on the network thread."""
+    """A message that comes while a thread drives is delivered there; otherwise on the network thread."""
     with Listener(broker.address, "drive") as listener:
         listener.connection.publish("drive", b"1")
         assert listener.received.get(timeout=10)[1] == b"1"
-        assert {thread.name for thread in listener.threads} == {
-            f"kinflow-mqtt-{listener.connection.client_id}"
-        }
+        assert {thread.name for thread in listener.threads} == {f"kinflow-mqtt-{listener.connection.client_id}"}
         listener.threads.clear()
         listener.connection.publish("drive", b"2")
         listener.connection.drive(lambda: not listener.received.empty(), time.monotonic() + 10)

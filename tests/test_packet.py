@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+
 from kinflow import packet
 from kinflow.errors import FrameError
 from kinflow.stream import Inbox, OtherPacket, Outbox

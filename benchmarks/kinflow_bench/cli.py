@@ -9,12 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kinflow.manifest import BackendName
 from kinflow_bench.timing import machine
 
-app = typer.Typer(
-    help="Measure what the project claims; each prints the figure under `ratio` and all beside it."
-)
+app = typer.Typer(help="Measure what the project claims; each prints the figure under `ratio` and all beside it.")
 
 FASHION = Path("families/fashion")
 Family = Annotated[Path, typer.Argument(help="Folder of a family, or its bundle.")]
@@ -65,19 +62,13 @@ def footprint(family: Family = FASHION, rounds: Rounds = 5, as_json: Json = Fals
 @app.command()
 def accuracy(
     family: Family = FASHION,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with the test images.", show_default=False)
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Runtime of the device member: onnx or tflite.")] = "onnx",
+    data: Annotated[Path | None, typer.Option(help="Folder with the test images.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Every member on the test images, fed with the device's own coded features."""
-    import msgspec
-    from kinflow_builder.data import load_test
     from kinflow_bench import accuracy as bench
 
-    images, labels = load_test(family, data)
-    _print(bench.run(_bundle(family), images, labels, msgspec.convert(backend, BackendName)), as_json)
+    _print(bench.run(family, data), as_json)
 
 
 def _bundle(family: Path) -> Path:

@@ -83,9 +83,7 @@ def run(bundle: Path, rounds: int) -> dict[str, Any]:
 
 
 def _child(script: str, argument: str) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-c", script, argument], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(f"a measured script failed: {done.stderr.strip()[-300:]}")
     figures: dict[str, float] = json.loads(done.stdout)
@@ -126,8 +124,6 @@ def _needed(requirement: str, extras: tuple[str, ...]) -> tuple[str, tuple[str, 
 
     parsed = Requirement(requirement)
     environments = [{"extra": extra} for extra in (*extras, "")]
-    if parsed.marker is not None and not any(
-        parsed.marker.evaluate(environment) for environment in environments
-    ):
+    if parsed.marker is not None and not any(parsed.marker.evaluate(environment) for environment in environments):
         return None
     return parsed.name, tuple(parsed.extras)

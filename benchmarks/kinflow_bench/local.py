@@ -57,7 +57,7 @@ def _compare(bundle: Path, rounds: int) -> dict[str, Any]:
             },
             rounds,
         )
-    ratios = [a / b for a, b in zip(figures["infer"], figures["bare"])]
+    ratios = [a / b for a, b in zip(figures["infer"], figures["bare"], strict=True)]
     return {
         "ratio": statistics.median(ratios),
         "infer_ms": spread(figures["infer"]),

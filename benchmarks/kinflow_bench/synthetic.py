@@ -1,4 +1,4 @@
-"""Small families made on the spot from ONNX operators: for graphs and features of a wanted size, without training."""
+"""Small families made on the spot from ONNX operators: graphs and features of a wanted size, untrained."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def write(folder: Path, shape: Shape) -> Path:
         preprocess=manifest.Preprocess("L", shape.side, shape.side, [0.0], [1.0], "stretch"),
         splits={SPLIT: manifest.Split(features, {CODEC: codec}, CODEC)},
         segments={
-            "trunk0": _segment(
-                folder, "trunk0", _device_graph(shape), "input", SPLIT, "device", image, features
-            ),
+            "trunk0": _segment(folder, "trunk0", _device_graph(shape), "input", SPLIT, "device", image, features),
             "trunk1": _segment(folder, "trunk1", _server_graph(shape), SPLIT, None, "cloud", features, None),
         },
         exits={"device": exits, "cloud": msgspec.structs.replace(exits, threshold=0.0)},

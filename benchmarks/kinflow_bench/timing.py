@@ -13,9 +13,7 @@ from typing import Any
 PACKAGES = ("kinflow", "numpy", "onnxruntime", "paho-mqtt")
 
 
-def interleaved(
-    sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Call every side once a round, in turn; each returns its own figure. The warm-up's are thrown away."""
     figures: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(warm_up + rounds):

@@ -35,8 +35,8 @@ Family `{manifest.id}`, version {manifest.version}, license {manifest.license}.
 {len(manifest.labels)} labels: {", ".join(manifest.labels)}.
 
 Images: {recipe.data.source}, license {recipe.data.license}.
-It shows and measures the system; it has seen no other pictures than these. {recipe.data.held_out:,} of the training
-images were kept aside for temperatures and certificates."""
+It shows and measures the system; it has seen no other pictures than these. Of the training images,
+{recipe.data.held_out:,} were kept aside for temperatures and certificates."""
 
 
 def _members(manifest: Manifest, found: Figures) -> str:
@@ -55,9 +55,9 @@ def _members(manifest: Manifest, found: Figures) -> str:
     )
     return f"""## Members
 
-On the {found.images:,} test images. *Coded*: quantised, coded and decoded at every hop, as in service. *Full
-precision*: one machine runs the member and nothing is quantised. Parameters and MACs count every branch on the
-way.{tflite}
+On the {found.images:,} test images. *Coded*: quantised, coded and decoded at every hop, as in service.
+*Full precision*: one machine runs the member and nothing is quantised. Parameters and MACs count
+every branch on the way.{tflite}
 
 {_table(columns, rows)}
 
@@ -84,8 +84,8 @@ Top-1 with 8 bits at every split: {fine}.
 
 ![accuracy over bytes]({PLOT})
 
-The family's line sweeps one threshold for all exits. The JPEG line is the largest member on images that were sent
-as JPEG, on the first {CURVE_IMAGES:,} test images."""
+The family's line sweeps one threshold for all exits. The JPEG line is the largest member on images that
+were sent as JPEG, on the first {CURVE_IMAGES:,} test images."""
 
 
 def _exits(manifest: Manifest, found: Figures) -> str:
@@ -102,14 +102,14 @@ def _exits(manifest: Manifest, found: Figures) -> str:
     ]
     return f"""## Exits
 
-The gap is the share of all images whose answer is kept and wrong where the last exit is right. Thresholds come from
-Learn then Test (arXiv 2110.01052) with exact binomial p-values. Each certificate holds alone, for the images that
-it was made with and others like them.
+The gap is the share of all images whose answer is kept and wrong where the last exit is right. Thresholds
+come from Learn then Test (arXiv 2110.01052) with exact binomial p-values. Each certificate holds alone,
+for images like those that it was made with.
 
 {_table(columns, rows)}
 
-All tiers together, on the test images: {percent(found.cascade.top1)} right, {found.cascade.bytes_mean:.1f} bytes
-sent per image."""
+All tiers together, on the test images: {percent(found.cascade.top1)} right,
+{found.cascade.bytes_mean:.1f} bytes sent per image."""
 
 
 def _promise(certificate: Certificate | None) -> str:
@@ -132,8 +132,8 @@ def _reproduce(recipe: Recipe) -> str:
     kinflow build families/{recipe.id} --fresh
     kinflow bench accuracy families/{recipe.id} --json
 
-Seed {training.seed}, {training.epochs} epochs, {training.threads} CPU threads. Another processor or another torch rounds
-differently: weights then differ, and these figures by some tenths of a point."""
+Seed {training.seed}, {training.epochs} epochs, {training.threads} CPU threads. Another processor or another
+torch rounds differently: weights then differ, and these figures by some tenths of a point."""
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,6 @@ def _count(levels: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int64]:
     if bits == 4:
         # As the codec does it: where the number is odd, the last level's neighbour is level 0.
         rows = np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2)))
-        rows = rows[..., 0::2] << 4 | rows[..., 1::2]
+        rows = np.bitwise_or(rows[..., 0::2] << 4, rows[..., 1::2], dtype=np.uint8)
     symbols = rows.transpose(1, 0, 2).reshape(channels, -1)
     return np.stack([np.bincount(row, minlength=SYMBOLS) for row in symbols]).astype(np.int64)

@@ -108,9 +108,7 @@ class Broker:
         """Start it again when the process ended by itself. True when that was so."""
         if self._process is None or self._process.poll() is None:
             return False
-        log.warning(
-            "broker died kind=%s pid=%s status=%s", self.kind, self._process.pid, self._process.returncode
-        )
+        log.warning("broker died kind=%s pid=%s status=%s", self.kind, self._process.pid, self._process.returncode)
         self._start()
         return True
 
@@ -161,9 +159,7 @@ def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
     mosquitto = shutil.which("mosquitto") or shutil.which("mosquitto", path=EXTRA_PATH)
     if kind == "mosquitto" or (kind == "auto" and mosquitto):
         if mosquitto is None:
-            raise BrokerError(
-                "mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'"
-            )
+            raise BrokerError("mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'")
         return "mosquitto", [mosquitto, "-c"], MOSQUITTO_CONFIG
     if not ipaddress.ip_address(listen).is_loopback:
         raise BrokerError(

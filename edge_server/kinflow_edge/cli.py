@@ -35,12 +35,8 @@ BrokerOption = Annotated[
 BrokerKind = Annotated[str | None, typer.Option(help="What to start: mosquitto, embedded or auto.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime (1).")]
 BatchSize = Annotated[int | None, typer.Option(help="Most requests computed as one batch (16).")]
-BatchWait = Annotated[
-    float | None, typer.Option("--batch-wait-ms", help="How long a batch waits to fill up (0).")
-]
-Advertise = Annotated[
-    bool | None, typer.Option("--advertise/--no-advertise", help="Announce by zeroconf (yes).")
-]
+BatchWait = Annotated[float | None, typer.Option("--batch-wait-ms", help="How long a batch waits to fill up (0).")]
+Advertise = Annotated[bool | None, typer.Option("--advertise/--no-advertise", help="Announce by zeroconf (yes).")]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines on standard output.")]
 
 

@@ -39,9 +39,7 @@ class ServedFamily:
         """Raises FamilyMismatch when no split leads into the member, BackendError when it does not run."""
         spec = family.manifest.members.get(member)
         if spec is None:
-            raise FamilyMismatch(
-                f"{family.id} has the members {sorted(family.manifest.members)}, not {member!r}"
-            )
+            raise FamilyMismatch(f"{family.id} has the members {sorted(family.manifest.members)}, not {member!r}")
         segments = [family.manifest.segments[name] for name in spec.segments]
         splits = [segment.source for segment in segments if segment.source != INPUT]
         if not splits:

@@ -38,9 +38,7 @@ class Server:
     def __init__(self, tier: Tier, settings: ServerSettings) -> None:
         """Opens the bundles, starts nothing. Raises SettingsError, BundleError, FamilyMismatch, BackendError."""
         if not settings.bundles:
-            raise SettingsError(
-                "no bundle to serve: name one as an argument, or in `bundles` of the settings"
-            )
+            raise SettingsError("no bundle to serve: name one as an argument, or in `bundles` of the settings")
         self.tier = tier
         self.settings = settings
         self.node = settings.node or f"{socket.gethostname().split('.')[0][:32]}-{tier}"
@@ -68,9 +66,7 @@ class Server:
         for model in self._models.values():
             model.warm_up()
         stack.enter_context(self.broker)
-        uplinks = {
-            family: self._uplink(model) for family, model in self._models.items() if self.settings.upstream
-        }
+        uplinks = {family: self._uplink(model) for family, model in self._models.items() if self.settings.upstream}
         self._connection = Connection(
             self.broker.address,
             _client_id(self.tier),

@@ -198,9 +198,7 @@ class Worker:
         uplink = self._uplinks.get(model.family.id)
         sure = mine.reading.confidence >= model.exit.threshold
         route = NOTHING_ABOVE if uplink is None or sure else uplink.route()
-        decision = decide(
-            mine.reading.confidence, model.exit.threshold, route, mine.job.due_s - time.monotonic()
-        )
+        decision = decide(mine.reading.confidence, model.exit.threshold, route, mine.job.due_s - time.monotonic())
         if isinstance(decision, Offload) and uplink is not None:
             self._escalate(mine, uplink, decision.route, features)
         elif isinstance(decision, Keep):

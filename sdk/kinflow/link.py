@@ -226,9 +226,7 @@ class Link:
             raise LinkLost(f"not connected to {self.address}")
         with self._lock:
             if len(self._waiting) >= self._max_in_flight:
-                raise LinkError(
-                    f"{len(self._waiting)} requests are in flight, {self._max_in_flight} are allowed"
-                )
+                raise LinkError(f"{len(self._waiting)} requests are in flight, {self._max_in_flight} are allowed")
             if self._waiting.setdefault(future.request.id, future) is not future:
                 raise LinkError(f"request {future.request.id.hex()} is in flight already")
 

@@ -84,7 +84,11 @@ class Split(_Strict, frozen=True):
 
 
 class Certificate(_Strict, frozen=True):
-    """P(risk of the answers kept at `threshold` <= epsilon) >= 1 - delta, from n calibration samples."""
+    """P(risk at `threshold` <= epsilon) >= 1 - delta, from n calibration samples.
+
+    The risk is the share of all images whose answer is kept and is a loss. Gap: it is wrong where the last
+    exit is right. Consistency: it differs from the last exit's.
+    """
 
     threshold: Share
     epsilon: Annotated[float, msgspec.Meta(gt=0, lt=1)]

@@ -1,7 +1,7 @@
 """The MQTT 5 session of one connection; the one adapter file for paho-mqtt.
 
-paho does what happens now and then: CONNECT, will, SUBSCRIBE, keepalive, DISCONNECT. It only queues what it wants
-to send, and reads only when told to: mqtt.py owns the socket's time.
+paho does what happens now and then: CONNECT, will, SUBSCRIBE, keepalive, DISCONNECT. What it wants to send it
+only queues, and it reads when told to: mqtt.py decides when.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class Session:
         self._subscriptions = tuple(subscriptions)
         self._keepalive_s = keepalive_s
         self._on_ready = on_ready
-        client = self._client = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5
-        )
+        client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         client.connect_timeout = CONNECT_TIMEOUT_S
         if will is not None:
             client.will_set(will[0], will[1], qos=0, retain=True)
@@ -93,7 +91,7 @@ class Session:
         self._client.loop_write()
 
     def read(self) -> None:
-        """Read one packet, which must be there whole: whether paho waits for the rest of one cannot be asked."""
+        """Read one packet. It must be there whole: whether paho waits for the rest of one cannot be asked."""
         self._client.loop_read()
 
     def tick(self) -> None:

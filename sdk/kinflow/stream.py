@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
+import threading
 from collections import deque
 
 from kinflow.packet import MAX_FIXED_HEADER_BYTES, is_publish, packet_bytes
@@ -123,3 +125,33 @@ class Inbox:
             log.warning("a packet over %d bytes was thrown away", self._limit_bytes)
             return None
         return whole
+
+
+class Interest:
+    """What a thread that sleeps on `epoll` wants to know of a socket.
+
+    Any thread may change it, and the change takes effect in a sleep that lasts.
+    """
+
+    def __init__(self, epoll: select.epoll, sock: socket.socket) -> None:
+        self.sock = sock
+        self._epoll = epoll
+        self._lock = threading.Lock()
+        self._reading = True
+        self.writing = False
+        epoll.register(sock, select.EPOLLIN)
+
+    def set(self, *, reading: bool | None = None, writing: bool | None = None) -> None:
+        """Change one, or both. Raises OSError after the end."""
+        with self._lock:
+            before = self._reading, self.writing
+            self._reading = self._reading if reading is None else reading
+            self.writing = self.writing if writing is None else writing
+            if before != (self._reading, self.writing):
+                mask = (select.EPOLLIN if self._reading else 0) | (select.EPOLLOUT if self.writing else 0)
+                self._epoll.modify(self.sock, mask)
+
+    def end(self) -> None:
+        """Before the socket is closed."""
+        with self._lock:
+            self._epoll.unregister(self.sock)

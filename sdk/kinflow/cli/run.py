@@ -38,9 +38,7 @@ def run(
             metavar="PATH…", help="Images, folders of them, idx files, or - for frames on standard input."
         ),
     ],
-    bundle: Annotated[
-        Path | None, typer.Option(help="Folder or .zip of a bundle.", show_default=False)
-    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Folder or .zip of a bundle.", show_default=False)] = None,
     family: Annotated[
         str | None,
         typer.Option(help="Look for the bundle in families/NAME/bundle (fashion).", show_default=False),
@@ -82,9 +80,10 @@ def run(
 ) -> None:
     """Classify images here, asking a server where the device itself is not sure.
 
-    An idx file (.gz too) with the file of its labels beside it also gives truth and accuracy. Frames on standard
-    input are raw uint8, each exactly height*width*channels bytes of the family's input size, rows first, channels
-    last, until the input ends; a truncated last frame is an error.
+    An idx file (.gz too) with the file of its labels beside it also gives
+    truth and accuracy. Frames on standard input are raw uint8, each exactly
+    height*width*channels bytes of the family's input size, rows first,
+    channels last, until the input ends; a truncated last frame is an error.
     """
     from kinflow.device import Device
     from kinflow.family import Family

@@ -1,0 +1,43 @@
+"""Shared by all tests: a small real bundle made on the spot, the committed one, and hypothesis without a clock."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+from kinflow.family import Family
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The machine may be busy with something else: a slow example is no failure. The same examples every time in
+# `make test`; HYPOTHESIS_PROFILE=search looks for new ones.
+hypothesis.settings.register_profile("kinflow", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kinflow"))
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real bundle of two kilobytes: 8×8 images, features [2, 8, 8], members of one and two segments.
+
+    Do not change it: it is made once for all tests.
+    """
+    onnx = pytest.importorskip("onnx", reason="the bundle is made of ONNX operators: pip install onnx")
+    assert onnx
+    from kinflow_bench import synthetic
+
+    return synthetic.write(tmp_path_factory.mktemp("synthetic") / "bundle", synthetic.Shape(side=8, channels=2))
+
+
+@pytest.fixture(scope="session")
+def family(bundle: Path) -> Family:
+    """`bundle`, loaded."""
+    return Family.load(bundle)
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Path:
+    """The folder of the committed bundle."""
+    return ROOT / "families/fashion/bundle"

@@ -1,0 +1,62 @@
+"""Recipes: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from kinflow_builder.recipe import Recipe
+
+from kinflow.errors import SettingsError
+
+FASHION = Path(__file__).parents[1] / "families" / "fashion"
+
+
+def changed(tmp_path: Path, old: str, new: str) -> Path:
+    """A copy of the fashion recipe with one text replaced."""
+    text = (FASHION / "recipe.toml").read_text()
+    assert old in text
+    (tmp_path / "recipe.toml").write_text(text.replace(old, new, 1))
+    return tmp_path
+
+
+def test_committed_recipe() -> None:
+    """The committed recipe is read, and it is the one that the committed bundle says it is."""
+    recipe = Recipe.load(FASHION)
+    assert recipe.id == "fashion"
+    assert recipe.members["cloud"] == ["device", "edge", "cloud"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("epochs =", "epoch =", "epoch"),
+        ("momentum = 0.9", "momentum = 1.5", "$.training.momentum"),
+        ('mode = "L"', 'mode = "CMYK"', "$.preprocess.mode"),
+        ('sha256 = "', 'sha256 = "x', "$.data.train_images.sha256"),
+        ("[exits.device]\nepsilon = ", "[exits.device]\nepsilon = 1", "$.exits"),
+        ('make = "network.py:make"', 'make = "network"', "$.network.make"),
+        ('license = "MIT"', "", "license"),
+        ("[members]", "[members", "recipe.toml"),
+    ],
+)
+def test_wrong_recipe(tmp_path: Path, old: str, new: str, named: str) -> None:
+    """Unknown keys, values out of range, wrong words and broken TOML are errors that name file and field."""
+    with pytest.raises(SettingsError) as caught:
+        Recipe.load(changed(tmp_path, old, new))
+    assert "recipe.toml" in str(caught.value)
+    assert named in str(caught.value)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    """A folder without a recipe is an error that says what to give."""
+    with pytest.raises(SettingsError, match="folder of a family's recipe"):
+        Recipe.load(tmp_path)
+
+
+def test_digest_follows_content(tmp_path: Path) -> None:
+    """Any changed value changes the digest that checkpoints are bound to, the same text does not."""
+    shutil.copy(FASHION / "recipe.toml", tmp_path)
+    assert Recipe.load(tmp_path).digest() == Recipe.load(FASHION).digest()
+    assert Recipe.load(changed(tmp_path, "seed = 0", "seed = 1")).digest() != Recipe.load(FASHION).digest()
