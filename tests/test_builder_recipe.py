@@ -9,6 +9,7 @@ import pytest
 from kinflow_builder.recipe import Recipe
 
 from kinflow.errors import SettingsError
+from kinflow.family import Family
 
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 
@@ -22,10 +23,15 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
 
 
 def test_committed_recipe() -> None:
-    """The committed recipe is read, and it is the one that the committed bundle says it is."""
+    """The committed recipe is read, and the committed bundle says the same of itself."""
     recipe = Recipe.load(FASHION)
-    assert recipe.id == "fashion"
-    assert recipe.members["cloud"] == ["device", "edge", "cloud"]
+    manifest = Family.load(FASHION / "bundle").manifest
+    assert (recipe.id, recipe.version, recipe.labels) == (manifest.id, manifest.version, manifest.labels)
+    assert recipe.preprocess == manifest.preprocess
+    assert recipe.members == {name: member.segments for name, member in manifest.members.items()}
+    promised = {name: (exit.epsilon, exit.delta) for name, exit in recipe.exits.items()}
+    certified = {name: exit.certificate for name, exit in manifest.exits.items()}
+    assert promised == {name: (made.epsilon, made.delta) for name, made in certified.items() if made is not None}
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,7 @@ def test_help_names_every_command_and_the_settings_file() -> None:
 def test_without_typer_the_way_out_is_named() -> None:
     """A device's base install has no command line; it says how to get one."""
     code = "import sys; sys.modules['typer'] = None; from kinflow.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: the command line needs typer: pip install 'kinflow[cli]'\n"
 
@@ -110,9 +108,7 @@ def test_a_command_without_its_extra_says_which_install_brings_it(tmp_path: Path
     (tmp_path / "heavy.py").write_text("import a_module_that_is_not_installed\n")
     path = plugin(tmp_path, train="heavy:app")
     line = refused("train", "--epochs", "3", path=path)
-    assert (
-        line == "error: kinflow train needs the module a_module_that_is_not_installed, which is not installed"
-    )
+    assert line == "error: kinflow train needs the module a_module_that_is_not_installed, which is not installed"
     assert "train" in cli("--help", path=path).stdout.decode()
 
 
@@ -166,8 +162,7 @@ def test_run_answers_an_idx_file_with_accuracy(tmp_path: Path) -> None:
     shown = cli("run", "--local", source).stdout.decode()
     assert "accuracy 87.50% of 8" in shown
     limited = [
-        json.loads(line)
-        for line in cli("run", "--local", "--json", "--limit", "2", source).stdout.splitlines()
+        json.loads(line) for line in cli("run", "--local", "--json", "--limit", "2", source).stdout.splitlines()
     ]
     assert [record["truth"] == record["label"] for record in limited] == [False, True]
 

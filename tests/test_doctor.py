@@ -82,9 +82,7 @@ def test_the_lines_are_readable() -> None:
 )
 def test_a_dying_import_is_told_apart(code: str, status: str, what: str) -> None:
     """Real processes end in each way; an illegal instruction is named as what it is."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     check = health_machine.judge_probe("numpy 9.9", "numpy", done.returncode, done.stderr, 0.1)
     assert check.status == status
     assert what in check.found

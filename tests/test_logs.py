@@ -27,9 +27,7 @@ def _restore() -> Iterator[None]:
 def test_text_is_one_line_of_keys_and_values(capsys: pytest.CaptureFixture[str]) -> None:
     """Words stand bare; what holds spaces, quotes or line ends is quoted, so that the line stays one line."""
     logs.setup("info")
-    logs.event(
-        log, logging.INFO, "answered", id=b"\x01\xff", exit="edge", ms=1.23456, why='a "b"\nc', none=None
-    )
+    logs.event(log, logging.INFO, "answered", id=b"\x01\xff", exit="edge", ms=1.23456, why='a "b"\nc', none=None)
     line = capsys.readouterr().err
     when, rest = line.split(" ", 1)
     assert when.endswith("Z")

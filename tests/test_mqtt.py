@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from brokers import KINDS, TestBroker, running, wait_until
+from kinflow import mqtt
 from kinflow.errors import FrameError, LinkError, LinkLost, SettingsError
 from kinflow.frame import MAX_FRAME_BYTES
 from kinflow.mqtt import MAX_BACKLOG_BYTES, BrokerAddress, Connection
@@ -293,6 +295,39 @@ def test_a_driver_is_let_go_when_the_connection_ends(own_broker: TestBroker) -> 
             if end == own_broker.kill:
                 own_broker.bring_back()
                 assert listener.connection.wait_connected(10)
+
+
+CONNACK, SUBACK = b"\x20\x03\x00\x00\x00", b"\x90\x04\x00\x01\x00\x00"
+
+
+def test_a_peer_that_talks_nonsense_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes in place of MQTT, also after a proper beginning, the connection tries again."""
+    monkeypatch.setattr(mqtt, "RETRY_DELAYS_S", (0.001,))
+    noise = random.Random(3)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        Connection(
+            BrokerAddress("127.0.0.1", server.getsockname()[1]),
+            "patient",
+            on_message=lambda *_: None,
+            subscriptions=["t"],
+            keepalive_s=1,
+        ) as connection,
+    ):
+        server.settimeout(20)
+        for attempt in range(60):
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(1000)
+                begin = (b"", CONNACK, CONNACK + SUBACK)[attempt % 3]
+                first = noise.choice((0x20, 0x30, 0x32, 0x90, 0xD0, 0xE0, noise.randrange(256)))
+                size = noise.randrange(100)
+                peer.sendall(begin + bytes((first, size)) + noise.randbytes(size + noise.randrange(3)))
+        peer, _ = server.accept()
+        with peer:
+            peer.recv(1000)
+            peer.sendall(CONNACK + SUBACK)
+            assert connection.wait_connected(10)
 
 
 def test_a_callback_that_fails_is_survived(broker: TestBroker, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 
-from kinflow import frame, topics
+from kinflow import __version__, frame, topics
 from kinflow.discovery import Advert, Node
 from kinflow.errors import LinkError, SettingsError
 from kinflow.family import Family
@@ -136,7 +135,7 @@ class Server:
                 node=self.node,
                 tier=self.tier,
                 state="ready",
-                software=version("kinflow"),
+                software=__version__,
                 families=self.worker.families,
                 queue_ms=self.worker.queue_s * 1e3,
                 load=load,
@@ -169,7 +168,7 @@ class Server:
         families = tuple((model.family.id, model.family.version) for model in self._models.values())
         address: BrokerAddress = self.broker.address
         host = address.host if self.settings.broker.address else self.settings.broker.listen
-        return Node(self.node, self.tier, host, address.port, families, version("kinflow"))
+        return Node(self.node, self.tier, host, address.port, families, __version__)
 
 
 def _client_id(tier: Tier) -> str:

@@ -34,7 +34,7 @@ log = logging.getLogger("kinflow.worker")
 
 # The reply still has to travel back: a server asks upstream for that much less than what is left.
 REPLY_RESERVE_S = 0.005
-NOTHING_ABOVE = NoRoute("nothing above")
+NOTHING_ABOVE = NoRoute("no upstream is set", by_choice=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from kinflow.uplink import Uplink
 
 # The reply must still be turned into an Answer: what is left of the deadline for that.
 RESERVE_S = 0.002
-NEVER = NoRoute("offloading is switched off")
+SWITCHED_OFF = NoRoute("offloading is switched off", by_choice=True)
 
 
 class Device:
@@ -104,7 +104,7 @@ class Device:
         computed = time.perf_counter()
         # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
         route = (
-            NEVER if self._uplink is None or reading.confidence >= self._threshold else self._uplink.route()
+            SWITCHED_OFF if self._uplink is None or reading.confidence >= self._threshold else self._uplink.route()
         )
         remaining_s = deadline_s - (computed - start) - RESERVE_S
         decision = decide(reading.confidence, self._threshold, route, remaining_s)

@@ -151,9 +151,7 @@ class Browser(_Attached):
     the browser's own.
     """
 
-    def __init__(
-        self, *, interfaces: Sequence[str] = (), on_change: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, *, interfaces: Sequence[str] = (), on_change: Callable[[], None] | None = None) -> None:
         super().__init__(interfaces)
         self._on_change = on_change
         self._lock = threading.Lock()

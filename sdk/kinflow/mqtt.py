@@ -320,7 +320,7 @@ class Connection:
     def _forget(self, sock: socket.socket, interest: Interest) -> None:
         self._ready.clear()
         # No more sending; and a thread that drives wakes up, sees the end and lets go.
-        self._session.drop(sock)
+        self._guarded(self._session.drop, sock)
         with self._read_lock, self._write_lock:
             self._socket = self._interest = None
             self._inbox.clear()
@@ -331,4 +331,4 @@ class Connection:
         try:
             fn(*args)
         except Exception:
-            log.exception("%s: a callback failed", self.client_id)
+            log.exception("%s: %s failed", self.client_id, fn)

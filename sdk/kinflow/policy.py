@@ -40,6 +40,8 @@ class NoRoute:
     """Nothing above can be asked, and why."""
 
     reason: str
+    by_choice: bool = False
+    """The settings have it so: then the answer is as good as was wanted, not degraded."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def decide(confidence: float, threshold: float, route: Route | NoRoute, remainin
     if confidence >= threshold:
         return _CONFIDENT
     if isinstance(route, NoRoute):
-        return Keep(route.reason, degraded=True)
+        return Keep(route.reason, degraded=not route.by_choice)
     expected = route.estimate.expected_s
     if expected > remaining_s:
         reason = (

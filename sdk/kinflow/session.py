@@ -129,7 +129,7 @@ class Session:
     def _subscribed(
         self, client: paho.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
     ) -> None:
-        refused = [topic for topic, reason in zip(self._subscriptions, reasons) if reason.is_failure]
+        refused = [topic for topic, reason in zip(self._subscriptions, reasons, strict=False) if reason.is_failure]
         if refused or len(reasons) != len(self._subscriptions):
             log.warning("%s: %s refused to subscribe to %s", self._name, self._address, ", ".join(refused))
             client.disconnect()

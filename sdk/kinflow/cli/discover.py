@@ -79,9 +79,7 @@ def ask(nodes: Sequence[Node]) -> list[Found]:
         announced = {node.node: node for node in nodes if (node.host, node.port) == (host, port)}
         for name in sorted({*announced, *(statuses or {})}):
             status = None if statuses is None else statuses.get(name)
-            found.append(
-                _merge(f"{host}:{port}", announced.get(name), status, reachable=statuses is not None)
-            )
+            found.append(_merge(f"{host}:{port}", announced.get(name), status, reachable=statuses is not None))
     return found
 
 

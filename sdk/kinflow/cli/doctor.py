@@ -37,8 +37,7 @@ def doctor(
         Path | None,
         typer.Option(
             "--settings",
-            help="TOML file; else ./kinflow-device.toml, ~/.config/kinflow/device.toml, "
-            "/etc/kinflow/device.toml.",
+            help="TOML file; else ./kinflow-device.toml, ~/.config/kinflow/device.toml, /etc/kinflow/device.toml.",
             show_default=False,
         ),
     ] = None,
@@ -81,9 +80,7 @@ def _show(check: Check) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble(
-        (f"{check.status:<5}", STYLES[check.status]), (f"{check.name:<11}", "bold"), check.found
-    )
+    line = Text.assemble((f"{check.status:<5}", STYLES[check.status]), (f"{check.name:<11}", "bold"), check.found)
     if check.advice:
         line.append(f" -> {check.advice}", "cyan")
     Console(highlight=False).print(line, soft_wrap=True)

@@ -54,9 +54,7 @@ def offloaded(bundle: Path | None, settings: DeviceSettings) -> list[Check]:
     if answer["tier"] != "device":
         took = f"in {answer['total_ms']:.1f} ms, {answer['bytes_up']} bytes up"
         return [Check("offload", "ok", f"the {answer['tier']} tier answered {took}")]
-    advice = (
-        "start a server (kinflow edge BUNDLE), or look at `kinflow discover`; until then answers stay here"
-    )
+    advice = "start a server (kinflow edge BUNDLE), or look at `kinflow discover`; until then answers stay here"
     found = f"the device kept its answer: {answer['reason']}"
     # Without a named broker nobody promised that there is a server.
     return [Check("offload", "fail" if settings.broker else "warn", found, advice)]
@@ -71,9 +69,7 @@ def _run(path: Path, family: Family, backend: str, *flags: str) -> dict[str, Any
     try:
         done = subprocess.run(command, input=frame, capture_output=True, timeout=RUN_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return Check(
-            "inference", "fail", f"no answer within {RUN_TIMEOUT_S:.0f} s", "is the machine overloaded?"
-        )
+        return Check("inference", "fail", f"no answer within {RUN_TIMEOUT_S:.0f} s", "is the machine overloaded?")
     errors = done.stderr.decode(errors="replace")
     if done.returncode < 0:
         package = "onnxruntime" if backend == "onnx" else "ai-edge-litert"

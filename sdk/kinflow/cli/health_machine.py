@@ -64,9 +64,7 @@ def memory() -> list[Check]:
         return [Check("memory", "fail", found, f"free some: a device needs about {MEMORY_FAIL_MB} MB")]
     if available < MEMORY_WARN_MB:
         return [
-            Check(
-                "memory", "warn", found, f"close something: below {MEMORY_WARN_MB} MB a runtime may not fit"
-            )
+            Check("memory", "warn", found, f"close something: below {MEMORY_WARN_MB} MB a runtime may not fit")
         ]
     return [Check("memory", "ok", found)]
 
@@ -124,9 +122,7 @@ def processor() -> list[Check]:
     known = [flag for flag in CPU_FLAGS if flag in flags]
     found = f"{usable} cores, {' '.join(known) or 'no known instruction set listed'}"
     if platform.machine() in ("x86_64", "AMD64") and flags and "avx" not in flags:
-        return [
-            Check("cpu", "warn", found, "without AVX some wheels stop with SIGILL: see the packages below")
-        ]
+        return [Check("cpu", "warn", found, "without AVX some wheels stop with SIGILL: see the packages below")]
     return [Check("cpu", "ok", found)]
 
 
@@ -171,14 +167,10 @@ def judge_probe(title: str, name: str, returncode: int, errors: str, seconds: fl
         advice = f"install an older one: pip install '{name}<{title.rpartition(' ')[2]}'"
         return Check("packages", "fail", found, advice)
     if returncode < 0:
-        return Check(
-            "packages", "fail", f"{title} stops with {_signal_name(-returncode)}", f"reinstall {name}"
-        )
+        return Check("packages", "fail", f"{title} stops with {_signal_name(-returncode)}", f"reinstall {name}")
     if returncode > 0:
         last = (errors.strip().splitlines() or ["no message"])[-1]
-        return Check(
-            "packages", "fail", f"{title} does not load: {last}", f"pip install --force-reinstall {name}"
-        )
+        return Check("packages", "fail", f"{title} does not load: {last}", f"pip install --force-reinstall {name}")
     return Check("packages", "ok", f"{title} loads in {seconds:.1f} s")
 
 

@@ -51,9 +51,7 @@ def multicast(asked: Sequence[str]) -> list[Check]:
             checks.append(Check("multicast", "ok", f"an advert on {address} was announced and found"))
             continue
         advice = "allow UDP port 5353 and multicast (nft list ruleset), or name `broker` in the settings"
-        checks.append(
-            Check("multicast", "warn" if "" in problems else "fail", f"{address}: {problem}", advice)
-        )
+        checks.append(Check("multicast", "warn" if "" in problems else "fail", f"{address}: {problem}", advice))
     return checks
 
 

@@ -82,9 +82,7 @@ def _segment(manifest: Manifest, name: str) -> dict[str, Any]:
         "exit": part.exit,
         "macs": part.macs,
         "parameters": part.parameters,
-        "graphs": {
-            backend: {"path": g.file.path, "bytes": g.file.bytes} for backend, g in part.graphs.items()
-        },
+        "graphs": {backend: {"path": g.file.path, "bytes": g.file.bytes} for backend, g in part.graphs.items()},
     }
 
 

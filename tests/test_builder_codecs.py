@@ -1,0 +1,50 @@
+"""Codecs fitted to features: exact, small, and without a torch in sight."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kinflow_builder import codecs
+
+from kinflow.codec import SYMBOLS
+
+
+def features(shape: tuple[int, int, int], seed: int) -> codecs.Array:
+    """Smooth-tailed values, most of them within one step of 0, as a trained bottleneck's are."""
+    random = np.random.default_rng(seed)
+    return random.laplace(0, 0.8, (200, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(4, 14, 14), (3, 7, 7)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_round_trip(shape: tuple[int, int, int], bits: int) -> None:
+    """What comes back is the quantised features, for even and odd planes; finer with 8 bits."""
+    fitted = codecs.fit("s1", features(shape, 0), features(shape, 1), 1.5, 4, bits)  # type: ignore[arg-type]
+    for item in features(shape, 2)[:20]:
+        back = fitted.codec.decode(fitted.codec.encode(item))
+        np.testing.assert_array_equal(back, fitted.codec.dequantise(fitted.codec.quantise(item)))
+        inside = np.abs(item) < 10
+        assert np.abs(back - item)[inside].max() <= fitted.spec.step[0] / 2 + 1e-6
+    assert fitted.spec.step[0] == 1.5 / (1 << (bits - 4))
+    assert fitted.codec.name == f"s1-q{bits}"
+
+
+@pytest.mark.parametrize("shape", [(4, 14, 14), (3, 7, 7)])
+def test_tables_fit_the_levels(shape: tuple[int, int, int]) -> None:
+    """Coded with tables of its own kind, an item takes about its entropy, and far less than packed levels."""
+    fitted = codecs.fit("s1", features(shape, 0), features(shape, 1), 1.5, 4, 4)
+    levels = fitted.codec.quantise(features(shape, 3))
+    entropy_bits = 0.0
+    for channel in range(shape[0]):
+        share = np.bincount(levels[:, channel].ravel(), minlength=16) / levels[:, channel].size
+        entropy_bits -= float((share[share > 0] * np.log2(share[share > 0])).sum()) * shape[1] * shape[2]
+    blocks = -(-fitted.codec.symbols_per_item // 512)
+    assert fitted.spec.bytes_mean <= 1.05 * entropy_bits / 8 + 4 * blocks
+    assert fitted.spec.bytes_mean < np.prod(shape) / 2
+
+
+def test_table_is_what_the_manifest_says() -> None:
+    """The file's size and digest in the manifest are those of the table itself."""
+    fitted = codecs.fit("s2", features((3, 7, 7), 0), features((3, 7, 7), 1), 1.0, 4, 4)
+    assert fitted.spec.table.bytes == len(fitted.table) == 3 * SYMBOLS * 2
+    assert fitted.spec.table.path == "s2-q4.table"
