@@ -9,9 +9,8 @@ import pytest
 
 pytest.importorskip("scipy", reason="pip install 'kinflow[builder]'")
 
-from kinflow_builder.calibrate import THRESHOLDS, certify, gap, p_value, temperature
-
 from kinflow.confidence import probabilities
+from kinflow_builder.calibrate import THRESHOLDS, certify, gap, p_value, temperature
 
 
 def exact_tail(losses: int, n: int, epsilon: float) -> float:

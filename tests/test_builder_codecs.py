@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kinflow_builder import codecs
 
 from kinflow.codec import SYMBOLS
+from kinflow_builder import codecs
 
 
 def features(shape: tuple[int, int, int], seed: int) -> codecs.Array:

@@ -12,11 +12,11 @@ from threading import Thread
 import msgspec
 import numpy as np
 import pytest
-from kinflow_builder import data
-from kinflow_builder.recipe import Data, DataFile, Recipe
 
 from kinflow import idx
 from kinflow.errors import InputError
+from kinflow_builder import data
+from kinflow_builder.recipe import Data, DataFile, Recipe
 
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 COUNTS = {"train": 40, "t10k": 10}
@@ -139,7 +139,7 @@ def test_foreign_file(folder: Path, tmp_path: Path) -> None:
 
 def test_folder_without_the_files(folder: Path, tmp_path: Path) -> None:
     """An empty --data is an error, never a silent download."""
-    with pytest.raises(InputError, match="neither train-images-idx3-ubyte.gz nor train-images-idx3-ubyte"):
+    with pytest.raises(InputError, match=r"neither train-images-idx3-ubyte\.gz nor train-images-idx3-ubyte"):
         data.load(recipe_for(folder), tmp_path, tmp_path / "cache")
 
 
@@ -150,8 +150,14 @@ def test_too_many_held_out(folder: Path, tmp_path: Path) -> None:
 
 
 def test_test_images_alone(folder: Path) -> None:
-    """The benchmark's way in reads images and labels by the recipe's folder."""
-    (folder / "recipe.toml").write_bytes(msgspec.toml.encode(recipe_for(folder)))
+    """The benchmark's way in reads images and labels by the recipe's folder, and checks them too."""
+    text = (FASHION / "recipe.toml").read_text()
+    committed, made = Recipe.load(FASHION).data, recipe_for(folder).data
+    text = text.replace(committed.test_images.sha256, made.test_images.sha256)
+    (folder / "recipe.toml").write_text(text)
+    with pytest.raises(InputError, match="t10k-labels"):
+        data.load_test(folder, folder)
+    (folder / "recipe.toml").write_text(text.replace(committed.test_labels.sha256, made.test_labels.sha256))
     images, labels = data.load_test(folder, folder)
     assert images.shape == (10, 28, 28)
     assert labels.dtype == np.int64

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from kinflow_builder.recipe import Recipe
 
 from kinflow.errors import SettingsError
 from kinflow.family import Family
+from kinflow_builder.recipe import Recipe
 
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 

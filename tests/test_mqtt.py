@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import random
@@ -277,6 +278,16 @@ def test_the_waiting_thread_reads_itself(broker: TestBroker) -> None:
         assert listener.received.get(timeout=10)[1] == b"3"
 
 
+def test_a_driver_outlasts_pings(broker: TestBroker) -> None:
+    """A thread that drives for longer than the keepalive still drives, and the connection stands."""
+    with Listener(broker.address, "drive", keepalive_s=1) as listener:
+        threading.Timer(2.5, lambda: listener.connection.publish("drive", b"late")).start()
+        listener.connection.drive(lambda: not listener.received.empty(), math.inf)
+        assert listener.received.get(timeout=0)[1] == b"late"
+        assert listener.threads == {threading.current_thread()}
+        assert (listener.connects, listener.losses) == (1, 0)
+
+
 def test_a_driver_is_let_go_when_the_connection_ends(own_broker: TestBroker) -> None:
     """Neither the broker's death nor close() leaves a thread hanging in drive."""
     with Listener(own_broker.address, "t") as listener:
@@ -284,7 +295,7 @@ def test_a_driver_is_let_go_when_the_connection_ends(own_broker: TestBroker) -> 
             ended = threading.Event()
 
             def drive(ended: threading.Event = ended) -> None:
-                listener.connection.drive(lambda: False, time.monotonic() + 60)
+                listener.connection.drive(lambda: False, math.inf)
                 ended.set()
 
             thread = threading.Thread(target=drive, daemon=True)

@@ -55,9 +55,7 @@ def server() -> Iterator[ServerProcess]:
 def run_graph(segment: str, values: Any) -> dict[str, Any]:
     """One item through a segment's ONNX graph, by ONNX Runtime itself."""
     graph = FAMILY["segments"][segment]["graphs"]["onnx"]
-    session = onnxruntime.InferenceSession(
-        str(BUNDLE / graph["file"]["path"]), providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(BUNDLE / graph["file"]["path"]), providers=["CPUExecutionProvider"])
     outputs = session.run(None, {graph["input"]["name"]: values[None].astype(np.float32)})
     return {output["name"]: value[0] for output, value in zip(graph["outputs"], outputs)}
 
@@ -166,9 +164,7 @@ def test_page_client_gets_the_right_replies(page: dict[str, Any], server: Server
         assert all(time_ms >= 0 for time_ms in hops[0][2:6])
 
 
-def test_page_client_gets_failures_with_the_codes_of_the_page(
-    page: dict[str, Any], server: ServerProcess
-) -> None:
+def test_page_client_gets_failures_with_the_codes_of_the_page(page: dict[str, Any], server: ServerProcess) -> None:
     """Another version and bytes that do not decode are answered with `mismatch` and `codec`, which the page lists."""
     assert ask(page, server, b"", version="0.0.9")[3] == "mismatch"
     header = ask(page, server, b"\x01\x00")

@@ -50,9 +50,7 @@ def run(build: Build, *, fresh: bool) -> figures.Figures:
     torch.manual_seed(recipe.training.seed)
     trunk = make_trunk(build.folder, recipe.network)
     check_names(recipe, trunk)
-    training, held_out, test = map(
-        build.inputs, (build.images.train, build.images.held_out, build.images.test)
-    )
+    training, held_out, test = map(build.inputs, (build.images.train, build.images.held_out, build.images.test))
     trunk = train(trunk, recipe, training, held_out, build.folder / "work", log, fresh=fresh)
     with bundle.staged(build.out) as stage:
         manifest = assemble(stage, recipe, trunk, training.images[:CODEC_IMAGES], held_out.images, log)
@@ -63,9 +61,7 @@ def run(build: Build, *, fresh: bool) -> figures.Figures:
         manifest = msgspec.structs.replace(manifest, exits=exits)
         family = bundle.write_manifest(stage, manifest)
         found = figures.measure_all(family, build.images.test, test.images, log)
-        exits = {
-            name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()
-        }
+        exits = {name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()}
         manifest = msgspec.structs.replace(manifest, exits=exits)
         card.write(stage, manifest, recipe, found)
         bundle.write_manifest(stage, manifest)

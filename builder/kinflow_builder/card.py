@@ -50,9 +50,7 @@ def _members(manifest: Manifest, found: Figures) -> str:
         rows.append((name, *top1, f"{parameters:,}", f"{macs:.1f}"))
     columns = ("member", "top-1, coded features", "top-1, full precision", "parameters", "million MACs")
     times = ", ".join(f"{seconds * 1e3:.2f} ms on {backend}" for backend, seconds in found.latency_s.items())
-    tflite = "".join(
-        f" On TFLite the {exit} exit has {percent(top1)}." for exit, top1 in found.tflite.items()
-    )
+    tflite = "".join(f" On TFLite the {exit} exit has {percent(top1)}." for exit, top1 in found.tflite.items())
     return f"""## Members
 
 On the {found.images:,} test images. *Coded*: quantised, coded and decoded at every hop, as in service.

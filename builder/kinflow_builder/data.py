@@ -140,9 +140,7 @@ def _download(data: Data, file: DataFile, cache: Path) -> Path:
         with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT_S) as stream:
             raw: bytes = stream.read(MAX_DOWNLOAD_BYTES + 1)
     except (urllib.error.URLError, OSError, ValueError) as exc:
-        raise InputError(
-            f"{file.name} is not here and {address} cannot be fetched ({exc}): {way_out}"
-        ) from exc
+        raise InputError(f"{file.name} is not here and {address} cannot be fetched ({exc}): {way_out}") from exc
     if len(raw) > MAX_DOWNLOAD_BYTES:
         raise InputError(f"{address} has more than {MAX_DOWNLOAD_BYTES} bytes: {way_out}")
     found = hashlib.sha256(idx.content(raw, address)).hexdigest()

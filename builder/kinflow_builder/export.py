@@ -72,9 +72,7 @@ def refuse_beyond(tolerance: float, difference: float, path: Path) -> None:
     """Raises BackendError when a graph does not compute what torch does."""
     # Written this way round so that NaN is refused too.
     if not difference <= tolerance:
-        raise BackendError(
-            f"{path.name} differs from torch by {difference:.2g}, at most {tolerance:.2g} is right"
-        )
+        raise BackendError(f"{path.name} differs from torch by {difference:.2g}, at most {tolerance:.2g} is right")
 
 
 def _run(path: Path, example: Array) -> list[Array]:

@@ -98,15 +98,11 @@ def measure_all(family: Family, test: LabelledImages, inputs: Array, log: BuildL
     )
     service = found.cascade
     shares = ", ".join(f"{exit} {100 * share:.1f}%" for exit, share in service.shares.items())
-    log.line(
-        f"in service: {shares}; top-1 {100 * service.top1:.2f}, {service.bytes_mean:.1f} bytes per image"
-    )
+    log.line(f"in service: {shares}; top-1 {100 * service.top1:.2f}, {service.bytes_mean:.1f} bytes per image")
     return found
 
 
-def cascade(
-    family: Family, runs: list[TierRun], test: LabelledImages, thresholds: dict[str, float]
-) -> Cascade:
+def cascade(family: Family, runs: list[TierRun], test: LabelledImages, thresholds: dict[str, float]) -> Cascade:
     """Each image leaves at the first exit that is sure; `thresholds` go before the manifest's own."""
     waiting = np.ones(len(test.labels), bool)
     right = np.zeros(len(test.labels), bool)

@@ -24,10 +24,12 @@ class Bottleneck(nn.Module):  # type: ignore[misc]
     `step` is in units of the features; with it, the initial features have a spread of 1 / `step` levels.
     """
 
-    def __init__(self, inputs: int, channels: int, step: float) -> None:
+    def __init__(
+        self, inputs: int, channels: int, step: float, *, kernel: int = 1, stride: int = 1, padding: int = 0
+    ) -> None:
         super().__init__()
         self.step = step
-        self.project = nn.Conv2d(inputs, channels, 1, bias=False)
+        self.project = nn.Conv2d(inputs, channels, kernel, stride, padding, bias=False)
         self.scale = nn.BatchNorm2d(channels)
         self.register_buffer("histogram", torch.full((channels, LEVELS), 1.0 / LEVELS))
 

@@ -81,6 +81,8 @@ class Training(_Strict, frozen=True):
     """Augmentation: side of the square that is blanked, in pixels."""
     unquantised: Share
     """Share of the images whose features pass a split as they are, so that both paths are learnt."""
+    quantise_from: Share
+    """Share of the steps before any feature is quantised; as many again until all that should be are."""
     seed: int
     threads: Positive
 

@@ -122,22 +122,23 @@ class Trainer:
         total = 0.0
         for step in range(steps):
             done = self.epoch * steps + step
-            for group in self.optimiser.param_groups:
-                group["lr"] = learning_rate(settings, done / (settings.epochs * steps))
             chosen = order[step * settings.batch : (step + 1) * settings.batch]
-            total += self._step(chosen, generator)
+            total += self._step(chosen, generator, done / (settings.epochs * steps))
             self._update_average(done)
             advance()
         self.epoch += 1
         return total / max(steps, 1)
 
-    def _step(self, chosen: torch.Tensor, generator: torch.Generator) -> float:
+    def _step(self, chosen: torch.Tensor, generator: torch.Generator, progress: float) -> float:
         settings = self.settings
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(settings, progress)
+        force = quantising(settings, progress)
         images = augment(self.images[chosen], settings.shift, settings.erase, self.blank, generator)
-        unquantised = (torch.rand(len(chosen), generator=generator) < settings.unquantised).to(self.device)
+        quantised = torch.rand(len(chosen), generator=generator) < force * (1 - settings.unquantised)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            result = self.trunk(images, unquantised)
-        loss = exit_loss(result, self.labels[chosen], settings) + self._rate_loss(result)
+            result = self.trunk(images, ~quantised.to(self.device))
+        loss = exit_loss(result, self.labels[chosen], settings) + force * self._rate_loss(result)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
@@ -167,11 +168,16 @@ class Trainer:
 def learning_rate(settings: Training, progress: float) -> float:
     """One cycle (Smith and Topin, arXiv 1708.07120): a cosine up to the peak, a cosine down to almost 0."""
     if progress < settings.warmup:
-        return settings.learning_rate * (
-            0.04 + 0.96 * (1 - math.cos(math.pi * progress / settings.warmup)) / 2
-        )
+        return settings.learning_rate * (0.04 + 0.96 * (1 - math.cos(math.pi * progress / settings.warmup)) / 2)
     share = (progress - settings.warmup) / (1 - settings.warmup)
     return settings.learning_rate * (1e-4 + (1 + math.cos(math.pi * share)) / 2)
+
+
+def quantising(settings: Training, progress: float) -> float:
+    """How much of the quantiser is in force, 0 to 1: features find their meaning before they are made coarse."""
+    if progress < settings.quantise_from:
+        return 0.0
+    return min(1.0, progress / settings.quantise_from - 1) if settings.quantise_from else 1.0
 
 
 def exit_loss(result: Pass, labels: torch.Tensor, settings: Training) -> torch.Tensor:

@@ -112,7 +112,5 @@ def make_trunk(folder: Path, network: Network) -> Trunk:
     except (TypeError, ValueError) as exc:
         raise SettingsError(f"network.make = {network.make!r} with {network.options}: {exc}") from exc
     if not isinstance(trunk, Trunk):
-        raise SettingsError(
-            f"{network.make} returns {type(trunk).__name__}, expected kinflow_builder.trunk.Trunk"
-        )
+        raise SettingsError(f"{network.make} returns {type(trunk).__name__}, expected kinflow_builder.trunk.Trunk")
     return trunk

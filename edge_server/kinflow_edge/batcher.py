@@ -36,6 +36,15 @@ class Batcher(Generic[Item]):
             self._changed.notify()
             return True
 
+    def ready(self) -> bool:
+        """`take` would return at once, but for the wait for a full batch."""
+        return bool(self._items) or self._closed
+
+    def wait(self, until_s: float) -> bool:
+        """Wait until `ready`, at most until `until_s` of time.monotonic(); whether it is."""
+        with self._changed:
+            return self._changed.wait_for(self.ready, max(0.0, until_s - time.monotonic()))
+
     def take(self) -> list[Item]:
         """The next batch, in order; waits for one. Empty when the batcher was closed and nothing is left."""
         with self._changed:

@@ -80,14 +80,17 @@ class Server:
             self._models,
             self.settings,
             publish=self._connection.publish,
+            drive=self._connection.drive,
             uplinks=uplinks,
         )
-        self.worker.start()
-        stack.callback(self.worker.close)
+        # Closed in the opposite order: the worker answers what it has admitted, the uplinks give up what they
+        # still wait for (it is answered with this tier's own exit), and the connection goes last.
+        stack.enter_context(self._connection)
         for uplink in uplinks.values():
             uplink.start()
             stack.callback(uplink.close)
-        stack.enter_context(self._connection)
+        self.worker.start()
+        stack.callback(self.worker.close)
         stack.callback(self._say_offline)
         if not self._connection.wait_connected(CONNECT_TIMEOUT_S):
             raise LinkError(f"the broker at {self.broker.address} does not answer")

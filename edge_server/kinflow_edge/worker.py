@@ -1,7 +1,7 @@
 """The worker that edge and cloud servers share: admits requests, batches, computes, answers or escalates.
 
 The network thread unpacks, decodes and admits; one thread of the worker's own runs the graphs and answers.
-What an answer needs of the outside comes in through `publish` and `uplinks`: the worker owns no socket.
+What it needs of the outside comes in as `publish`, `drive` (Connection's) and `uplinks`: it owns no socket.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ log = logging.getLogger("kinflow.worker")
 
 # The reply still has to travel back: a server asks upstream for that much less than what is left.
 REPLY_RESERVE_S = 0.005
+# How long an idle worker reads before it looks around.
+IDLE_S = 0.5
 NOTHING_ABOVE = NoRoute("no upstream is set", by_choice=True)
 
 
@@ -62,12 +64,14 @@ class Worker:
         settings: ServerSettings,
         *,
         publish: Callable[[str, bytes], None],
+        drive: Callable[[Callable[[], bool], float], None],
         uplinks: Mapping[str, Uplink],
     ) -> None:
         self._node = node
         self._tier = tier
         self._models = dict(models)
         self._publish = publish
+        self._drive = drive
         self._uplinks = dict(uplinks)
         self._batcher: Batcher[Job] = Batcher(
             size=settings.batch_size, wait_s=settings.batch_wait_ms / 1e3, capacity=settings.queue_size
@@ -153,7 +157,7 @@ class Worker:
         self._send(request, frame.pack(Busy(request.id, self._node, queue_s * 1e3)))
 
     def _run(self) -> None:
-        while batch := self._batcher.take():
+        while batch := self._next_batch():
             start_s = time.monotonic()
             groups: dict[int, list[Job]] = {}
             for job in batch:
@@ -167,6 +171,15 @@ class Worker:
             spent_s = time.monotonic() - start_s
             self._busy_s += spent_s
             self._batcher.done(len(batch), spent_s)
+
+    def _next_batch(self) -> list[Job]:
+        """Idle, this thread reads the socket itself: a request is then computed without a switch of threads."""
+        while not self._batcher.ready():
+            until_s = time.monotonic() + IDLE_S
+            self._drive(self._batcher.ready, until_s)
+            if self._batcher.wait(until_s):
+                break
+        return self._batcher.take()
 
     def _compute(self, jobs: Sequence[Job]) -> None:
         """Run one entry for all jobs, then answer or escalate each."""

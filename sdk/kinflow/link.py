@@ -36,6 +36,7 @@ log = logging.getLogger("kinflow.link")
 MAX_IN_FLIGHT = 256
 # The weight of a new sample in the smoothed round trip: alpha of RFC 6298, 2.3.
 SMOOTHING = 1 / 8
+ESTIMATE_LIFETIME_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Link:
         self._nodes: dict[str, NodeStatus] = {}
         self._counters = LinkCounters()
         self._round_trip_s: float | None = None
+        self._measured_s = 0.0
         self.connection = Connection(
             address,
             client_id,
@@ -187,11 +189,16 @@ class Link:
 
     @property
     def round_trip_s(self) -> float | None:
-        """Smoothed time from a request to its reply, less the first server's queue; None before the first.
+        """Smoothed time from a request to its reply, less the first server's queue.
+
+        None before the first, and again ESTIMATE_LIFETIME_S after the last: a link that was slow once must be
+        tried again.
 
         Exponentially weighted as SRTT of RFC 6298; a request that was repeated is no sample (Karn's rule,
         same RFC), since its reply may belong to either attempt.
         """
+        if time.monotonic() - self._measured_s > ESTIMATE_LIFETIME_S:
+            return None
         return self._round_trip_s
 
     # Requests
@@ -345,3 +352,4 @@ class Link:
         sample_s = max(sample_s, 0.0)
         before_s = self._round_trip_s
         self._round_trip_s = sample_s if before_s is None else before_s + SMOOTHING * (sample_s - before_s)
+        self._measured_s = time.monotonic()

@@ -158,8 +158,8 @@ class Connection:
         """Read on the calling thread until `done()` or `until_s` (of time.monotonic()).
 
         What the caller waits for then comes without a switch of threads. Returns early when another thread
-        drives, when the connection is down, and when there is something for the network thread to do: the
-        caller then waits as if it had not called this.
+        drives and when the connection is down or goes down: the caller then waits as if it had not called.
+        A worker may pass math.inf: close() ends it.
         """
         if done() or not self._driver_lock.acquire(blocking=False):
             return
@@ -171,9 +171,12 @@ class Connection:
             poller.register(sock, select.POLLIN)
             interest.set(reading=False)
             try:
-                while not done() and (left_s := until_s - time.monotonic()) > 0:
-                    if poller.poll(left_s * 1e3) and not self._read(sock):
-                        return
+                while not done() and self._socket is sock and (left_s := until_s - time.monotonic()) > 0:
+                    if poller.poll(min(left_s, 3600) * 1e3) and not self._read(sock):
+                        # A ping's answer, or the end: leave the socket to the network thread for a moment.
+                        interest.set(reading=True)
+                        time.sleep(0.001)
+                        interest.set(reading=False)
             finally:
                 interest.set(reading=True)
         except (OSError, ValueError):
