@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kinflow.cli import demo
 from rich.console import Console
+
+from kinflow.cli import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 104
@@ -30,8 +31,7 @@ def draw(images: int, out: Path) -> None:
         yield view
         console.print(view)
 
-    demo.Console = lambda **_: console  # type: ignore[assignment, misc]
-    demo._live = once  # type: ignore[assignment]
+    vars(demo).update(Console=lambda **_: console, _live=once)
     demo.demo(family=ROOT / demo.FAMILY, images=images, backend="onnx", deadline=1.0, as_json=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture = console.export_svg(title="make demo", unique_id="demo")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from kinflow import settings
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -27,9 +28,9 @@ Each role reads one TOML file, once, when its command starts. The first that is 
 3. `~/.config/kinflow/<role>.toml`;
 4. `/etc/kinflow/<role>.toml`.
 
-A role is `device`, `edge` or `cloud`. Without a file the defaults hold. A flag of the command overrides its key. An
-unknown key, a wrong type or a value out of range stops the command with a line that names file, key and value. An app
-passes the same keys to `kinflow.DeviceSettings(…)`; no file is read then.
+A role is `device`, `edge` or `cloud`. Without a file the defaults hold. A flag of the command overrides its key.
+An unknown key, a wrong type or a value out of range stops the command with a line that names file, key and value.
+An app passes the same keys to `kinflow.DeviceSettings(…)`; no file is read then.
 """
 
 DEVICE_EXAMPLE = """
@@ -61,9 +62,9 @@ def page() -> str:
         "\n## Role `device`\n\nThe SDK in an app, and `kinflow run`.\n\n",
         table(settings.DeviceSettings),
         DEVICE_EXAMPLE,
-        "\n## Roles `edge` and `cloud`\n\n`kinflow edge` and `kinflow cloud`. `upstream` is for an edge server.\n\n",
+        "\n## Roles `edge` and `cloud`\n\n`kinflow edge` and `kinflow cloud`; `upstream` is for the edge.\n\n",
         table(settings.ServerSettings),
-        "\n### Table `[broker]`\n\nThe broker that a server uses: a running one, or one that it starts and stops.\n\n",
+        "\n### Table `[broker]`\n\nThe broker of a server: a running one, or one that it starts and stops.\n\n",
         table(settings.BrokerSettings),
         SERVER_EXAMPLE,
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
 from kinflow.family import Family
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+
 from kinflow import backends, manifest
 from kinflow.backends import onnx as onnx_backend
 from kinflow.backends import tflite as tflite_backend

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from kinflow_edge.batcher import SMOOTHING, Batcher
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from kinflow import manifest
 from kinflow.codec import BLOCK_SYMBOLS, TABLE_BITS, UniformRansCodec, table_from_counts
 from kinflow.errors import CodecError
@@ -249,9 +250,7 @@ HOLE[1, :2] = (0, 128)
         ([1.0, 1e39], [0, 0], FLAT, "positive and finite as float32"),
     ],
 )
-def test_a_spec_that_does_not_fit_is_refused(
-    step: list[float], zero: list[int], data: bytes, said: str
-) -> None:
+def test_a_spec_that_does_not_fit_is_refused(step: list[float], zero: list[int], data: bytes, said: str) -> None:
     """Numbers of another count, tables that cannot be coded with and steps that float32 cannot hold."""
     with pytest.raises(CodecError, match=said):
         UniformRansCodec.from_spec("test", (2, 3, 3), spec(8, step, zero, data), data)

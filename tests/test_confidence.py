@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from kinflow.confidence import probabilities, read
 
 Logits = npt.NDArray[np.float32]

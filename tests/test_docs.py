@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+
 from kinflow import errors, manifest, settings
 from kinflow.cli.app import app
 
@@ -118,7 +119,7 @@ def test_parse_refuses_what_is_not_there() -> None:
 
 
 def test_other_shell_lines_are_known() -> None:
-    """`make` lines name targets of the Makefile, `pip install` lines extras of pyproject.toml; nothing else is there."""
+    """`make` lines name targets of the Makefile, `pip install` lines extras of pyproject.toml."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
     extras = set(re.findall(r"^([\w-]+) = \[", project.split("\n[")[0], re.MULTILINE))

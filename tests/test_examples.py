@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from kinflow import idx
 from kinflow.fleet import Fleet
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "families/fashion/bundle"

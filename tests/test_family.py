@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+
 from kinflow.errors import BackendError, BundleError, FamilyMismatch
 from kinflow.family import INPUT, MANIFEST, MAX_MANIFEST_BYTES, Family
 
@@ -87,6 +88,7 @@ def test_the_committed_bundle_loads(fashion: Path) -> None:
 
 
 # The files
+
 
 def test_every_flipped_byte_is_noticed(copy: Path) -> None:
     """Whichever file is damaged, its name and both digests are told."""
@@ -207,6 +209,7 @@ def test_a_damaged_zip_is_refused_or_unharmed(bundle: Path, tmp_path: Path) -> N
 
 # The manifest
 
+
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
@@ -303,9 +306,7 @@ CODEC = ("splits", "s1", "codecs", "q8")
         (put(*CODEC, "kind", value="pickle"), "kind"),
     ],
 )
-def test_a_manifest_that_does_not_hold_together(
-    copy: Path, change: Callable[[Document], None], said: str
-) -> None:
+def test_a_manifest_that_does_not_hold_together(copy: Path, change: Callable[[Document], None], said: str) -> None:
     """Unknown keys, wrong types, names that point nowhere, segments that do not chain, shapes that do not meet."""
     edit(copy, change)
     with pytest.raises(BundleError, match=said):
@@ -322,6 +323,7 @@ def test_a_table_that_cannot_be_coded_with_is_refused(copy: Path) -> None:
 
 
 # Members
+
 
 def test_a_member_computes_what_onnxruntime_computes(family: Family) -> None:
     """Features and logits are the graphs' own, bit for bit."""

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kinflow.errors import FrameError
 from kinflow.frame import (
     MAGIC,
@@ -29,9 +30,7 @@ ids = st.binary(min_size=16, max_size=16)
 tiers = st.sampled_from(["device", "edge", "cloud"])
 times = st.floats(0, 1e12)
 text = st.text(st.characters(codec="utf-8"), max_size=64)
-hops = st.builds(
-    Hop, names, tiers, times, times, times, times, bytes_up=st.integers(min_value=0, max_value=2**40)
-)
+hops = st.builds(Hop, names, tiers, times, times, times, times, bytes_up=st.integers(min_value=0, max_value=2**40))
 requests = st.builds(Request, ids, names, names, names, names, names, deadline_ms=st.floats(0, MAX_DEADLINE_MS))
 replies = st.builds(
     Reply,
@@ -189,9 +188,7 @@ def test_a_foreign_or_broken_frame_is_named(data: bytes, said: str) -> None:
         (0xFFFFFFFF, 0xFFFFFFFF, "header is 4294967295 bytes"),
     ],
 )
-def test_announced_sizes_over_the_limits_are_refused(
-    header_bytes: int, payload_bytes: int, said: str
-) -> None:
+def test_announced_sizes_over_the_limits_are_refused(header_bytes: int, payload_bytes: int, said: str) -> None:
     """Sizes are judged by what the prefix announces, before the length of the data is."""
     prefix = struct.pack("<4sB3xII", MAGIC, VERSION, header_bytes, payload_bytes)
     with pytest.raises(FrameError, match=said):

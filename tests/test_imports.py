@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import kinflow
 import pytest
+
+import kinflow
 from conftest import ROOT
 
 PACKAGES = {

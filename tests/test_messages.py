@@ -6,6 +6,7 @@ from typing import get_args
 
 import msgspec
 import pytest
+
 from kinflow.messages import Busy, Failure, Hop, Message, Name, NodeStatus, Reply, Request, Served
 
 FIELDS = {

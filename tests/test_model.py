@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+
 from kinflow.errors import FamilyMismatch
 from kinflow.family import Family
 from kinflow.messages import Request, Served

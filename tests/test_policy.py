@@ -8,6 +8,7 @@ import inspect
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kinflow import policy
 from kinflow.policy import CONFIDENT, Keep, LinkEstimate, NoRoute, Offload, Route, decide
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
+
 from kinflow.errors import InputError
 from kinflow.manifest import Preprocess
 from kinflow.preprocess import Preprocessor

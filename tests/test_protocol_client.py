@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import paho.mqtt.client as mqtt
 import pytest
+
 from kinflow import frame, messages
 from kinflow.codec import UniformRansCodec
 from kinflow.discovery import TTL_S
@@ -57,7 +58,7 @@ def run_graph(segment: str, values: Any) -> dict[str, Any]:
     graph = FAMILY["segments"][segment]["graphs"]["onnx"]
     session = onnxruntime.InferenceSession(str(BUNDLE / graph["file"]["path"]), providers=["CPUExecutionProvider"])
     outputs = session.run(None, {graph["input"]["name"]: values[None].astype(np.float32)})
-    return {output["name"]: value[0] for output, value in zip(graph["outputs"], outputs)}
+    return {output["name"]: value[0] for output, value in zip(graph["outputs"], outputs, strict=True)}
 
 
 def sample_features(count: int) -> list[Any]:
@@ -165,7 +166,7 @@ def test_page_client_gets_the_right_replies(page: dict[str, Any], server: Server
 
 
 def test_page_client_gets_failures_with_the_codes_of_the_page(page: dict[str, Any], server: ServerProcess) -> None:
-    """Another version and bytes that do not decode are answered with `mismatch` and `codec`, which the page lists."""
+    """Another version is answered with `mismatch`, bytes that do not decode with `codec`; the page lists both."""
     assert ask(page, server, b"", version="0.0.9")[3] == "mismatch"
     header = ask(page, server, b"\x01\x00")
     assert header[0] == "failure"

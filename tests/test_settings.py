@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from kinflow import settings
 from kinflow.errors import SettingsError
 from kinflow.settings import BrokerSettings, DeviceSettings, ServerSettings, load, search_paths
@@ -93,7 +94,7 @@ def test_flags_override_keys(tmp_path: Path) -> None:
         ("status_interval_s = nan", "status_interval_s is nan: "),
         ("status_interval_s = inf", "status_interval_s is inf: "),
         ("node = 'a/b'", "node is 'a/b': Expected `str` matching"),
-        ("node = \"a\\n\"", r"node is 'a\\n': Expected `str` matching"),
+        ('node = "a\\n"', r"node is 'a\\n': Expected `str` matching"),
         ("broker = 'host'", "broker is 'host': Expected `object`, got `str`"),
         ("[broker]\nport = 65536", "broker.port is 65536: Expected `int` <= 65535"),
         ("[broker]\nkind = 'best'", "broker.kind is 'best': Expected `str` matching"),

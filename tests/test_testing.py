@@ -8,9 +8,10 @@ import inspect
 from itertools import repeat
 from typing import Any
 
-import kinflow
 import numpy as np
 import pytest
+
+import kinflow
 from kinflow import testing
 from kinflow.errors import InputError, SettingsError
 from kinflow.family import Family

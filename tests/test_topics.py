@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kinflow import topics
 from paho.mqtt.client import topic_matches_sub
+
+from kinflow import topics
 
 
 def test_topics_are_what_the_protocol_says() -> None:

@@ -12,15 +12,17 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from brokers import KINDS, TestBroker, running, wait_until
 from kinflow import topics
 from kinflow.discovery import Advert, Node
+from kinflow.errors import LinkLost
 from kinflow.family import Family
 from kinflow.frame import pack, unpack
 from kinflow.messages import Hop, NodeStatus, Reply, Request, Served, Tier
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.policy import NoRoute, Route
-from kinflow.uplink import FIRST_ROUND_TRIP_S, GIVE_UP_S, Uplink
+from kinflow.uplink import FIRST_ROUND_TRIP_S, GIVE_UP_S, TRIAL_S, Uplink
 
 LOOPBACK = "127.0.0.1"
 NOWHERE = BrokerAddress(LOOPBACK, 9)
@@ -45,7 +47,9 @@ class FakeNode:
     def __init__(self, address: BrokerAddress, family: Family, node: str, tier: Tier = "edge") -> None:
         served = Served(family.id, family.version, {"s1": ["q8", "q4"]})
         self.status = NodeStatus(node, tier, "ready", families=[served])
-        self.connection = Connection(address, f"{tier}-{os.urandom(4).hex()}", on_message=lambda _topic, _data: None)
+        self.connection = Connection(
+            address, f"{tier}-{os.urandom(4).hex()}", on_message=lambda _topic, _data: None
+        )
 
     def __enter__(self) -> FakeNode:
         self.connection.start()
@@ -61,9 +65,7 @@ class FakeNode:
         self.connection.publish(topics.status(self.status.node), pack(self.status), retain=True)
 
 
-def make(
-    family: Family, broker: str, *, tiers: tuple[Tier, ...] = ("edge", "cloud"), codec: str = "q8"
-) -> Uplink:
+def make(family: Family, broker: str, *, tiers: tuple[Tier, ...] = ("edge", "cloud"), codec: str = "q8") -> Uplink:
     return Uplink(
         family,
         "s1",
@@ -89,8 +91,9 @@ def chosen(uplink: Uplink) -> str:
     return route.node if isinstance(route, Route) else route.reason
 
 
-def knows(uplink: Uplink, *nodes: str) -> bool:
-    return uplink.link is not None and set(nodes) <= set(uplink.link.nodes)
+def connected(uplink: Uplink, broker: TestBroker) -> bool:
+    """Before any server has said anything there."""
+    return chosen(uplink) == f"no server at {broker.address}"
 
 
 def test_a_server_is_chosen_by_tier_then_queue_then_name(
@@ -104,7 +107,6 @@ def test_a_server_is_chosen_by_tier_then_queue_then_name(
         }
         nodes["edge-a"].say(queue_ms=30.0)
         nodes["edge-b"].say(queue_ms=30.0)
-        wait_until(lambda: knows(uplink, *nodes))
         wait_until(lambda: chosen(uplink) == "edge-a")
         nodes["edge-a"].say(queue_ms=31.0)
         wait_until(lambda: chosen(uplink) == "edge-b")
@@ -116,9 +118,7 @@ def test_a_server_is_chosen_by_tier_then_queue_then_name(
         wait_until(lambda: chosen(uplink) == "edge-b")
 
 
-def test_a_route_says_all_that_the_policy_needs(
-    broker: TestBroker, own_family: Family, uplink: Uplink
-) -> None:
+def test_a_route_says_all_that_the_policy_needs(broker: TestBroker, own_family: Family, uplink: Uplink) -> None:
     """Node, tier, split, codec, the queue the server reported and, before any reply, a first guess of the link."""
     with FakeNode(broker.address, own_family, "cloud-1", "cloud") as node:
         node.say(queue_ms=40.0)
@@ -128,17 +128,18 @@ def test_a_route_says_all_that_the_policy_needs(
     assert isinstance(route, Route)
     assert (route.node, route.tier, route.split, route.codec) == ("cloud-1", "cloud", "s1", "q8")
     assert route.estimate.round_trip_s == FIRST_ROUND_TRIP_S
-    assert uplink.topic(route) == topics.request("cloud", own_family.id, "s1")
 
 
 def test_the_estimate_is_the_links_own_after_a_reply(
     broker: TestBroker, own_family: Family, uplink: Uplink
 ) -> None:
-    """A request to the route's topic reaches the server, and its reply sets the round trip."""
+    """A request along the route reaches the server as one of this family, and its reply sets the round trip."""
+    seen: list[Request] = []
 
     def serve(_topic: str, data: bytes) -> None:
         request = unpack(data).message
         assert isinstance(request, Request)
+        seen.append(request)
         hop = Hop("edge-1", "edge", 0.0, 0.0, 0.0, 0.0)
         server.publish(topics.reply(request.client), pack(Reply(request.id, 0, 0.5, "edge", "e", hops=[hop])))
 
@@ -151,23 +152,25 @@ def test_the_estimate_is_the_links_own_after_a_reply(
     with server, FakeNode(broker.address, own_family, "edge-1"):
         assert server.wait_connected(10)
         assert uplink.wait(10)
-        route, link = uplink.route(), uplink.link
+        route = uplink.route()
         assert isinstance(route, Route)
-        assert link is not None
-        request = Request(
-            os.urandom(16), link.client_id, own_family.id, own_family.version, "s1", "q8", deadline_ms=5000.0
-        )
-        link.request(uplink.topic(route), request, b"").result(6)
+        answered = uplink.request(route, b"i" * 16, b"", 5.0).result(6)
         after = uplink.route()
+        with pytest.raises(LinkLost, match="elsewhere was just replaced"):
+            uplink.request(replace(route, node="elsewhere"), b"j" * 16, b"", 5.0)
+    (request,) = seen
+    assert (request.id, request.family, request.version) == (b"i" * 16, own_family.id, own_family.version)
+    assert (request.split, request.codec) == ("s1", "q8")
+    assert 4000 < request.deadline_ms <= 5000
     assert isinstance(after, Route)
-    assert after.estimate.round_trip_s == link.round_trip_s != FIRST_ROUND_TRIP_S
+    assert after.estimate.round_trip_s == pytest.approx(answered.round_trip_s)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"state": "offline"}, "node-1 is offline"),
-        ({"tier": "device"}, "node-1 is an device server, edge or cloud is asked"),
+        ({"tier": "device"}, "node-1 is of the tier device, edge or cloud is asked"),
         ({"families": []}, "node-1 does not serve FAMILY"),
         ({"families": [Served("other", "1.0.0", {"s1": ["q8"]})]}, "node-1 does not serve FAMILY"),
         (
@@ -205,20 +208,22 @@ def test_a_server_that_fits_is_found_among_those_that_do_not(
     """Others' trouble is not in the way, wherever they stand in the list."""
     with (
         FakeNode(broker.address, own_family, "a-off") as off,
-        FakeNode(broker.address, own_family, "m-good", "cloud"),
+        FakeNode(broker.address, own_family, "m-good", "cloud") as good,
         FakeNode(broker.address, own_family, "z-old") as old,
     ):
         off.say(state="offline")
         old.say(families=[Served(own_family.id, "0.9", {"s1": ["q8"]})])
-        wait_until(lambda: knows(uplink, "a-off", "m-good", "z-old"))
         wait_until(lambda: chosen(uplink) == "m-good")
+        # The last word comes after all the others: now they are known.
+        good.say(queue_ms=7.0)
+        wait_until(lambda: isinstance(r := uplink.route(), Route) and r.estimate.queue_s == 0.007)
+        assert chosen(uplink) == "m-good"
 
 
 def test_why_there_is_no_route_before_any_server(broker: TestBroker, own_family: Family) -> None:
     """Not started, no connection, connected to a broker without servers: each says so."""
     uplink = make(own_family, str(NOWHERE))
     assert uplink.route() == NoRoute("no server found yet")
-    assert uplink.link is None
     uplink.start()
     try:
         wait_until(lambda: chosen(uplink) == f"no connection to {NOWHERE}")
@@ -231,7 +236,7 @@ def test_why_there_is_no_route_before_any_server(broker: TestBroker, own_family:
     uplink = make(own_family, str(broker.address))
     uplink.start()
     try:
-        wait_until(lambda: chosen(uplink) == "no server on the broker")
+        wait_until(lambda: connected(uplink, broker))
     finally:
         uplink.close()
 
@@ -246,7 +251,7 @@ def test_a_wait_ends_when_a_server_comes(broker: TestBroker, own_family: Family,
 
     waiter = threading.Thread(target=wait)
     waiter.start()
-    wait_until(lambda: uplink.link is not None and uplink.link.connected)
+    wait_until(lambda: connected(uplink, broker))
     assert not done
     with FakeNode(broker.address, own_family, "edge-1"):
         came_s = time.monotonic()
@@ -257,9 +262,7 @@ def test_a_wait_ends_when_a_server_comes(broker: TestBroker, own_family: Family,
     assert found_s - came_s < 2.0
 
 
-def test_a_broker_that_comes_back_is_used_again(
-    broker: TestBroker, own_family: Family, uplink: Uplink
-) -> None:
+def test_a_broker_that_comes_back_is_used_again(broker: TestBroker, own_family: Family, uplink: Uplink) -> None:
     """A broker named in the settings is never given up: down there is no route, and afterwards there is one."""
     with FakeNode(broker.address, own_family, "edge-1") as node:
         assert uplink.wait(10)
@@ -295,8 +298,6 @@ def test_another_announced_server_takes_over(own_family: Family, trouble: str) -
         assert uplink.wait(10)
         first = chosen(uplink)
         (second,) = set(brokers) - {first}
-        assert uplink.link is not None
-        assert uplink.link.address == brokers[first].address
         start = time.monotonic()
         if trouble == "killed":
             brokers[first].kill()
@@ -305,7 +306,6 @@ def test_another_announced_server_takes_over(own_family: Family, trouble: str) -
         wait_until(lambda: isinstance(uplink.route(), NoRoute))
         wait_until(lambda: chosen(uplink) == second)
         assert GIVE_UP_S * 0.9 < time.monotonic() - start < GIVE_UP_S + 5
-        assert uplink.link.address == brokers[second].address
 
 
 def test_closing_leaves_no_thread(broker: TestBroker, own_family: Family) -> None:
@@ -313,6 +313,46 @@ def test_closing_leaves_no_thread(broker: TestBroker, own_family: Family) -> Non
     before = set(threading.enumerate())
     uplink = make(own_family, str(broker.address))
     uplink.start()
-    wait_until(lambda: uplink.link is not None and uplink.link.connected)
+    wait_until(lambda: connected(uplink, broker))
     uplink.close()
     wait_until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_a_nearer_tier_is_preferred_whenever_it_is_announced(own_family: Family) -> None:
+    """A cloud server alone is used; an edge server that is announced later takes over, and stays."""
+    mine = ((own_family.id, own_family.version),)
+    with ExitStack() as stack:
+
+        def announce(name: str, tier: Tier) -> None:
+            broker = stack.enter_context(running(KINDS[0]))
+            stack.enter_context(FakeNode(broker.address, own_family, name, tier))
+            advert = Node(f"{name}-{os.urandom(4).hex()}", tier, LOOPBACK, broker.address.port, mine)
+            stack.enter_context(Advert(advert, interfaces=[LOOPBACK]))
+
+        announce("a-cloud", "cloud")
+        uplink = make(own_family, "")
+        uplink.start()
+        stack.callback(uplink.close)
+        wait_until(lambda: chosen(uplink) == "a-cloud")
+        announce("z-edge", "edge")
+        wait_until(lambda: chosen(uplink) == "z-edge")
+
+
+def test_a_server_that_is_announced_but_dead_does_not_replace_one_that_works(own_family: Family) -> None:
+    """A new link must work before the old one is left: meanwhile there is a route all the time."""
+    mine = ((own_family.id, own_family.version),)
+    with ExitStack() as stack:
+        broker = stack.enter_context(running(KINDS[0]))
+        stack.enter_context(FakeNode(broker.address, own_family, "good", "cloud"))
+        good = Node(f"good-{os.urandom(4).hex()}", "cloud", LOOPBACK, broker.address.port, mine)
+        stack.enter_context(Advert(good, interfaces=[LOOPBACK]))
+        uplink = make(own_family, "")
+        uplink.start()
+        stack.callback(uplink.close)
+        wait_until(lambda: chosen(uplink) == "good")
+        dead = Node(f"dead-{os.urandom(4).hex()}", "edge", LOOPBACK, NOWHERE.port, mine)
+        stack.enter_context(Advert(dead, interfaces=[LOOPBACK]))
+        until_s = time.monotonic() + TRIAL_S + 0.5
+        while time.monotonic() < until_s:
+            assert chosen(uplink) == "good"
+            time.sleep(0.01)

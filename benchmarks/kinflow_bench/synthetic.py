@@ -118,7 +118,7 @@ def _server_graph(shape: Shape) -> bytes:
 
 def _model(
     nodes: list[onnx.NodeProto],
-    weights: dict[str, np.ndarray],  # type: ignore[type-arg]
+    weights: dict[str, np.ndarray],
     last: str,
     width: int,
     takes: list[int],

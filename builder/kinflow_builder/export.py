@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from kinflow.errors import BackendError
+from kinflow_builder.log import hushed
 from kinflow_builder.trunk import Segment
 
 Array = npt.NDArray[np.float32]
@@ -32,8 +32,7 @@ def export_onnx(segment: Segment, path: Path, example: Array, *, half: bool) -> 
     Returns the largest difference to torch. Raises BackendError when it is too large.
     """
     batch = torch.export.Dim("batch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
+    with hushed():
         program = torch.onnx.export(
             segment,
             (torch.from_numpy(example),),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from kinflow.backends.tflite import interpreter_module
 from kinflow.errors import BackendError
 from kinflow_builder.export import TOLERANCE, Array, largest_difference, refuse_beyond, torch_outputs
+from kinflow_builder.log import hushed
 from kinflow_builder.trunk import Segment
 
 
@@ -23,13 +22,10 @@ def export_tflite(segment: Segment, path: Path, example: Array) -> float:
     """
     if find_spec("litert_torch") is None:
         raise BackendError("the TFLite converter is not installed: pip install 'kinflow[builder-tflite]'")
-    import litert_torch
+    with hushed():
+        import litert_torch
 
-    level = logging.root.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         litert_torch.convert(segment.eval(), (torch.from_numpy(example[:1]),)).export(str(path))
-    logging.root.setLevel(level)
     difference = largest_difference(torch_outputs(segment, example), _run(path, example))
     refuse_beyond(TOLERANCE, difference, path)
     return difference

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,3 +50,16 @@ class Steps:
 
     def describe(self, what: str) -> None:
         self.bar.update(self.task, description=what)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Foreign converters print, warn and log a great deal; what is wrong they raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -74,7 +74,7 @@ class UniformRansCodec:
         """Levels, uint8, in the shape of the features."""
         levels = np.rint(features / self.step)
         levels += self.zero
-        return np.clip(levels, 0, (1 << self.bits) - 1).astype(np.uint8)
+        return np.asarray(np.clip(levels, 0, (1 << self.bits) - 1), np.uint8)
 
     def dequantise(self, levels: npt.NDArray[np.uint8]) -> Features:
         """The features that `levels` stand for, float32."""
@@ -114,13 +114,13 @@ class UniformRansCodec:
         if rows.shape[1] % 2:
             # A channel's last level without a neighbour is paired with level 0: pairs never span two channels.
             rows = np.pad(rows, ((0, 0), (0, 1)))
-        return (rows[:, 0::2] << 4 | rows[:, 1::2]).reshape(-1)
+        pairs: npt.NDArray[np.uint8] = rows[:, 0::2] << 4 | rows[:, 1::2]
+        return pairs.reshape(-1)
 
     def _to_levels(self, symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        if self.bits == 4:
-            symbols = np.stack((symbols >> 4, symbols & 15), axis=1)
         values = math.prod(self.shape[1:])
-        return symbols.reshape(self.shape[0], -1)[:, :values].reshape(self.shape)
+        levels = np.stack((symbols >> 4, symbols & 15), axis=1) if self.bits == 4 else symbols
+        return np.asarray(levels, np.uint8).reshape(self.shape[0], -1)[:, :values].reshape(self.shape)
 
     @cached_property
     def _cumulative(self) -> npt.NDArray[np.int64]:
@@ -165,7 +165,7 @@ def table_from_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
     frequencies = 1 + counts * spare // totals
     rows = np.arange(len(frequencies))
     frequencies[rows, counts.argmax(axis=1)] += _TOTAL - frequencies.sum(axis=1)
-    return frequencies.astype(np.uint16)
+    return np.asarray(frequencies, np.uint16)
 
 
 def _encode_blocks(frequencies: list[int], starts: list[int]) -> bytes:

@@ -135,12 +135,10 @@ def _encoded_bytes(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
     from PIL import Image
 
     sizes = []
-    for options in (
-        {"format": "PNG", "optimize": True},
-        {"format": "JPEG", "quality": JPEG_QUALITY, "optimize": True},
-    ):
+    for kind in ("PNG", "JPEG"):
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, **options)
+        # PNG ignores the quality.
+        Image.fromarray(image).save(buffer, kind, quality=JPEG_QUALITY, optimize=True)
         sizes.append(buffer.tell())
     return sizes[0], sizes[1]
 
