@@ -114,8 +114,7 @@ class UniformRansCodec:
         if rows.shape[1] % 2:
             # A channel's last level without a neighbour is paired with level 0: pairs never span two channels.
             rows = np.pad(rows, ((0, 0), (0, 1)))
-        pairs: npt.NDArray[np.uint8] = rows[:, 0::2] << 4 | rows[:, 1::2]
-        return pairs.reshape(-1)
+        return np.asarray(rows[:, 0::2] << 4 | rows[:, 1::2], np.uint8).reshape(-1)
 
     def _to_levels(self, symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         values = math.prod(self.shape[1:])
