@@ -21,7 +21,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kinflow")
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real bundle of two kilobytes: 8×8 images, features [2, 8, 8], members of one and two segments.
+    """The folder of a real bundle of two kilobytes: 8×8 images, features [2, 8, 8] after the first segment.
 
     Do not change it: it is made once for all tests.
     """
@@ -29,7 +29,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert onnx
     from kinflow_bench import synthetic
 
-    return synthetic.write(tmp_path_factory.mktemp("synthetic") / "bundle", synthetic.Shape(side=8, channels=2))
+    folder: Path = synthetic.write(
+        tmp_path_factory.mktemp("synthetic") / "bundle", synthetic.Shape(side=8, channels=2)
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The runtimes: each gives the graph's outputs in order, and every failure is a BackendError that names the file."""
+"""The runtimes: outputs in the graph's order, and every failure a BackendError that names the file."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_the_tflite_runtime_is_chosen_by_what_works(
     """tflite-runtime where numpy is old enough for it, else ai-edge-litert, else what to install."""
     monkeypatch.setattr(tflite_backend, "find_spec", lambda name: name in installed or None)
     monkeypatch.setattr(tflite_backend, "import_module", lambda name: name)
-    monkeypatch.setattr(tflite_backend.np, "__version__", numpy_version)
+    monkeypatch.setattr(np, "__version__", numpy_version)
     if chosen.endswith(".interpreter"):
         assert tflite_backend.interpreter_module() == chosen
     else:

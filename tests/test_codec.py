@@ -68,7 +68,7 @@ def codecs(draw: Callable[[Any], Any]) -> UniformRansCodec:
 
 @given(codecs(), st.data())
 def test_decoded_features_are_the_quantised_ones(codec: UniformRansCodec, data: st.DataObject) -> None:
-    """decode(encode(x)) is dequantise(quantise(x)) to the last bit, whatever the shape, the width and the table."""
+    """decode(encode(x)) is dequantise(quantise(x)) to the last bit, whatever shape, width and table."""
     values = st.floats(-1e6, 1e6, width=32)
     features = data.draw(hnp.arrays(np.float32, codec.shape, elements=values))
     decoded = codec.decode(codec.encode(features))
@@ -130,7 +130,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_bytes_are_fixed(bits: Literal[4, 8]) -> None:
-    """Fixed features give fixed bytes: the format cannot change unnoticed, bundles and servers outlive a release."""
+    """Fixed features give fixed bytes: the format cannot change unnoticed."""
     codec = make((2, 3, 5), bits, bell(2, 8.0))
     features = ((np.arange(30) * 7 % 23 - 11) / np.float32(4)).astype(np.float32).reshape(2, 3, 5)
     assert codec.encode(features).hex() == GOLDEN[bits]
@@ -156,7 +156,7 @@ def test_random_bytes_raise_codec_errors_only(data: bytes, bits: Literal[4, 8]) 
     assert decoded.shape == codec.shape
 
 
-RANDOM_BYTES_CODECS = {bits: make((2, 9, 9), bits, bell(2, 20.0)) for bits in (4, 8)}  # type: ignore[arg-type]
+RANDOM_BYTES_CODECS = {bits: make((2, 9, 9), bits, bell(2, 20.0)) for bits in (4, 8)}
 
 
 @given(st.integers(0, 2**32 - 1), st.data())

@@ -71,7 +71,7 @@ BUSY = Busy(b"i" * 16, "edge-1", 12.5)
 
 
 def sealed(header: bytes, payload: bytes = b"", *, magic: bytes = MAGIC, version: int = VERSION) -> bytes:
-    """A frame written by the table at the top of frame.py and not by pack(): the crc is right, the rest as given."""
+    """A frame written by the table in frame.py and not by pack(): the crc is right, the rest as given."""
     body = struct.pack("<4sBBBBII", magic, version, 0, 0, 0, len(header), len(payload)) + header + payload
     return body + struct.pack("<I", zlib.crc32(body))
 

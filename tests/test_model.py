@@ -23,7 +23,7 @@ def edge(family: Family) -> ServedFamily:
 
 
 def test_a_member_is_opened_at_every_split_it_can_continue_from(fashion: Path) -> None:
-    """The committed family's cloud member takes the device's and the edge's features, the edge member the device's."""
+    """The committed cloud member takes the device's and the edge's features, the edge member the device's."""
     family = Family.load(fashion)
     cloud = ServedFamily.open(family, "cloud", threads=1)
     edge = ServedFamily.open(family, "edge", threads=1)
@@ -38,7 +38,7 @@ def test_a_member_is_opened_at_every_split_it_can_continue_from(fashion: Path) -
 
 def test_an_entry_continues_the_device(edge: ServedFamily, family: Family) -> None:
     """Device features through the codec and the entry are the whole member's answer, up to the quantisation."""
-    batch = np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8)).astype(np.float32) / 255
+    batch = np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8)).astype(np.float32) / np.float32(255)
     features = family.member("device").run(batch).features
     assert features is not None
     entry, codec = edge.entry(REQUEST)
@@ -73,7 +73,7 @@ def test_a_request_that_does_not_match_is_refused(edge: ServedFamily, change: di
 
 def test_a_member_that_cannot_serve_is_refused(family: Family) -> None:
     """One that does not exist, and one that only begins at the input."""
-    with pytest.raises(FamilyMismatch, match="has the members .* not 'tiny'"):
+    with pytest.raises(FamilyMismatch, match=r"has the members .* not 'tiny'"):
         ServedFamily.open(family, "tiny", threads=1)
     with pytest.raises(FamilyMismatch, match="member 'device' of synthetic begins at the input"):
         ServedFamily.open(family, "device", threads=1)

@@ -1,4 +1,4 @@
-"""Images become the family's input by one formula, and bad ones are refused with what was expected and what came."""
+"""Images become the input by one formula; bad ones are refused with what was expected and what came."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_is_the_formula(spec: Preprocess, dtype: Any) -> None:
 
 @given(hnp.arrays(np.uint8, (3, 4)))
 def test_bytes_and_floats_of_one_image_agree(image: Any) -> None:
-    """uint8 0…255 and the same divided by 255 are one picture; a grey one may have its axis of one channel or not."""
+    """uint8 and the same divided by 255 are one picture; a grey one may have its axis of one channel."""
     prepare = Preprocessor(GREY)
     batch = prepare(image)
     np.testing.assert_allclose(prepare((image / 255).astype(np.float32)), batch, atol=2e-6)

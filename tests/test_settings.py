@@ -1,4 +1,4 @@
-"""Settings: found in one place after another, flags above files, and every mistake named with file, key and value."""
+"""Settings: places in order, flags above files, every mistake named with file, key and value."""
 
 from __future__ import annotations
 
@@ -128,15 +128,15 @@ def test_a_wrong_flag_is_named(flags: dict[str, Any], said: str) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """Missing, a folder, not UTF-8, a key where a table should be."""
-    with pytest.raises(SettingsError, match="gone.toml: No such file"):
+    with pytest.raises(SettingsError, match=r"gone\.toml: No such file"):
         load("edge", ServerSettings, tmp_path / "gone.toml")
     with pytest.raises(SettingsError, match="directory"):
         load("edge", ServerSettings, tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'node = "\xe9"')
-    with pytest.raises(SettingsError, match="latin.toml: not valid TOML"):
+    with pytest.raises(SettingsError, match=r"latin\.toml: not valid TOML"):
         load("edge", ServerSettings, tmp_path / "latin.toml")
     file = write(tmp_path / "e.toml", "broker = 3")
-    with pytest.raises(SettingsError, match="e.toml: broker must be a table"):
+    with pytest.raises(SettingsError, match=r"e\.toml: broker must be a table"):
         load("edge", ServerSettings, file, broker__port=1)
 
 

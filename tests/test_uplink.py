@@ -100,10 +100,11 @@ def test_a_server_is_chosen_by_tier_then_queue_then_name(
     broker: TestBroker, own_family: Family, uplink: Uplink
 ) -> None:
     """The preferred tier wins over a shorter queue, a shorter queue over a name; statuses change the choice."""
+    tiers: dict[str, Tier] = {"cloud-1": "cloud", "edge-b": "edge", "edge-a": "edge"}
     with ExitStack() as stack:
         nodes = {
             name: stack.enter_context(FakeNode(broker.address, own_family, name, tier))
-            for name, tier in (("cloud-1", "cloud"), ("edge-b", "edge"), ("edge-a", "edge"))
+            for name, tier in tiers.items()
         }
         nodes["edge-a"].say(queue_ms=30.0)
         nodes["edge-b"].say(queue_ms=30.0)

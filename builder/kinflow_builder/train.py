@@ -57,16 +57,16 @@ def train(
     steps = len(data.labels) // settings.batch
     with log.progress("training", settings.epochs * steps, trainer.epoch * steps) as bar:
         while trainer.epoch < settings.epochs:
-            begin = time.monotonic()
+            begin, begin_cpu = time.monotonic(), time.process_time()
             loss = trainer.run_epoch(bar.advance)
             checkpoint.save(path, recipe.digest(), trainer.state())
             top1 = evaluate(trainer.average, held_out)
-            seconds = time.monotonic() - begin
+            seconds, cpu = time.monotonic() - begin, time.process_time() - begin_cpu
             right = ", ".join(f"{name} {100 * share:.2f}" for name, share in top1.items())
             sizes = ", ".join(f"{name} {size:.0f}" for name, size in trainer.sizes.items())
             log.line(
-                f"epoch {trainer.epoch}/{settings.epochs}: {seconds:.0f} s, loss {loss:.3f}, "
-                f"held-out top-1 {right}; estimated bytes {sizes}"
+                f"epoch {trainer.epoch}/{settings.epochs}: {seconds:.0f} s ({cpu:.0f} s of CPU), "
+                f"loss {loss:.3f}, held-out top-1 {right}; estimated bytes {sizes}"
             )
     # Into the untouched trunk: exporters get tensors in their plain memory order.
     trunk.load_state_dict(trainer.average.state_dict())

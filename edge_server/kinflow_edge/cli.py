@@ -9,14 +9,16 @@ import threading
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from kinflow import settings
+from kinflow.cli.bundles import choose_bundle
 from kinflow.messages import Tier
 from kinflow_edge.server import Server
 
 Bundles = Annotated[
-    list[str] | None, typer.Argument(help="Bundles to serve: folders or .zip files.", show_default=False)
+    list[str] | None, typer.Argument(help="Bundles to serve: folders or .zip files (families/fashion/bundle).", show_default=False)
 ]
 SettingsFile = Annotated[
     Path | None,
@@ -82,6 +84,8 @@ def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     chosen = settings.load(tier, settings.ServerSettings, settings_file, **flags)
+    if not chosen.bundles:
+        chosen = msgspec.structs.replace(chosen, bundles=[str(choose_bundle(None, None))])
     with Server(tier, chosen) as server:
         _say(
             as_json,

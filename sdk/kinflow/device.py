@@ -6,6 +6,7 @@ with kinflow.Device.open("families/fashion/bundle") as device:
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -19,12 +20,15 @@ from kinflow.codec import Features
 from kinflow.confidence import Reading, read
 from kinflow.errors import LinkError, LinkTimeout, SettingsError
 from kinflow.family import Family, Output
-from kinflow.link import Answered, Link
-from kinflow.messages import MAX_DEADLINE_MS, Request
+from kinflow.link import Answered
+from kinflow.logs import event
+from kinflow.messages import MAX_DEADLINE_MS
 from kinflow.policy import Keep, NoRoute, Offload, Route, decide
 from kinflow.preprocess import Preprocessor
 from kinflow.settings import DeviceSettings
 from kinflow.uplink import Uplink
+
+log = logging.getLogger("kinflow.device")
 
 # The reply must still be turned into an Answer: what is left of the deadline for that.
 RESERVE_S = 0.002
@@ -110,8 +114,22 @@ class Device:
         decision = decide(reading.confidence, self._threshold, route, remaining_s)
         local = _Local(start, computed, output, reading, os.urandom(16))
         if isinstance(decision, Offload):
-            return self._offload(local, decision.route, start + deadline_s - RESERVE_S)
-        return self._local_answer(local, decision)
+            answer = self._offload(local, decision.route, start + deadline_s - RESERVE_S)
+        else:
+            answer = self._local_answer(local, decision)
+        if log.isEnabledFor(logging.INFO):
+            event(
+                log,
+                logging.INFO,
+                "answered",
+                id=answer.request_id,
+                tier=answer.tier,
+                degraded=answer.degraded,
+                reason=answer.reason,
+                bytes_up=answer.bytes_up,
+                ms=round(answer.total_ms, 2),
+            )
+        return answer
 
     def submit(self, image: Any, *, deadline_s: float | None = None) -> Future[Answer]:
         """`infer` on a thread of the device's pool; `asyncio.wrap_future` makes it awaitable."""

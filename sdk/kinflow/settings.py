@@ -84,7 +84,7 @@ class ServerSettings(_Settings, frozen=True):
             pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
         ),
     ] = ""
-    bundles: Annotated[list[str], _doc("Bundles to serve: folders or .zip files.")] = []
+    bundles: Annotated[list[str], _doc("Bundles to serve: folders or .zip files; empty: families/fashion/bundle.")] = []
     member: Annotated[str, _doc("Member to run; empty: the one named like the tier.")] = ""
     threads: Annotated[int, _doc("Threads of the runtime.", ge=1, le=256)] = 1
     batch_size: Annotated[int, _doc("Most requests computed as one batch.", ge=1, le=1024)] = 16

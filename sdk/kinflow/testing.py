@@ -114,7 +114,7 @@ class FakeDevice:
         return upcoming
 
     def submit(self, image: Any, *, deadline_s: float | None = None) -> Future[Answer]:
-        """`infer` as a Future that is done already. Raises SettingsError outside of a with block, as Device does."""
+        """`infer` as a Future that is done already. Raises SettingsError outside of a with block."""
         if not self._open:
             raise SettingsError("the device is not open: use it in a with block")
         future: Future[Answer] = Future()
