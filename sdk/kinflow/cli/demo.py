@@ -78,11 +78,11 @@ def _classify(device: Device, items: list[Item], fleet: Fleet, console: Console)
     labels = device.family.labels
     answers: list[Answer] = []
     with _live(len(items), console) as show:
-        for item in items:
+        for number, item in enumerate(items):
             answer = device.infer(item.image)
             answers.append(answer)
             truth = "" if item.truth is None else labels[item.truth]
-            show(item.name, answer, truth)
+            show(f"#{number}", answer, truth)
             for line in fleet.news():
                 console.print(f"[bold red]{line}; the device goes on answering[/]")
     return answers
