@@ -25,13 +25,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Do not change it: it is made once for all tests.
     """
-    onnx = pytest.importorskip("onnx", reason="the bundle is made of ONNX operators: pip install onnx")
-    assert onnx
+    pytest.importorskip("onnx", reason="the bundle is made of ONNX operators: pip install onnx")
     from kinflow_bench import synthetic
 
-    folder: Path = synthetic.write(
-        tmp_path_factory.mktemp("synthetic") / "bundle", synthetic.Shape(side=8, channels=2)
-    )
+    folder = tmp_path_factory.mktemp("synthetic") / "bundle"
+    synthetic.write(folder, synthetic.Shape(side=8, channels=2))
     return folder
 
 

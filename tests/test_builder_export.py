@@ -149,6 +149,14 @@ def test_wrong_graph_is_refused(tmp_path: Path) -> None:
         export_onnx(segment, tmp_path / "odd.onnx", example, half=False)
 
 
+def test_graphs_hold_no_folders(assembled: tuple[Trunk, Family]) -> None:
+    """The exporter's notes, with the folders of the machine that built it, do not ship."""
+    _, family = assembled
+    for name, raw in family.files.items():
+        assert str(FASHION.parents[1]).encode() not in raw, name
+        assert b"site-packages" not in raw, name
+
+
 def test_nan_is_refused(tmp_path: Path) -> None:
     """Not a number is no small difference."""
     with pytest.raises(BackendError):
@@ -202,6 +210,7 @@ def test_whole_build(tmp_path: Path) -> None:
     recipe = tiny_recipe()
     folder = tmp_path / "family"
     folder.mkdir()
+    out = tmp_path / "out"
     (folder / "network.py").write_bytes((FASHION / "network.py").read_bytes())
     random = np.random.default_rng(0)
 
@@ -210,8 +219,8 @@ def test_whole_build(tmp_path: Path) -> None:
         return LabelledImages(pixels, random.integers(0, 10, count))
 
     images = DataSet(part(96), part(60), part(40))
-    found = build_family(Build(folder, folder / "bundle", recipe, images, quiet(folder)), fresh=False)
-    family = Family.load(folder / "bundle")
+    found = build_family(Build(folder, out, recipe, images, quiet(out)), fresh=False)
+    family = Family.load(out / "bundle")
     assert {name: exit.accuracy for name, exit in family.manifest.exits.items()} == found.coded
     certificate = family.manifest.exits["device"].certificate
     assert certificate is not None
@@ -219,9 +228,9 @@ def test_whole_build(tmp_path: Path) -> None:
     # 48 images can certify nothing at 1%: no answer may then be kept.
     assert family.manifest.exits["device"].threshold == 1.0
     assert certificate.data_sha256 == images.held_out.sha256()
-    card = (folder / "bundle" / "card.md").read_text()
+    card = (out / "bundle" / "card.md").read_text()
     assert f"{100 * found.coded['cloud']:.2f}%" in card
-    assert (folder / "bundle" / "accuracy_over_bytes.png").stat().st_size < 60_000
-    np.testing.assert_array_equal(idx.read(folder / "samples" / "images-idx3-ubyte.gz"), images.test.images[:20])
-    np.testing.assert_array_equal(idx.read(folder / "samples" / "labels-idx1-ubyte.gz"), images.test.labels[:20])
-    assert str(tmp_path) not in (folder / "train.log").read_text()
+    assert (out / "bundle" / "accuracy_over_bytes.png").stat().st_size < 60_000
+    np.testing.assert_array_equal(idx.read(out / "samples" / "images-idx3-ubyte.gz"), images.test.images[:20])
+    np.testing.assert_array_equal(idx.read(out / "samples" / "labels-idx1-ubyte.gz"), images.test.labels[:20])
+    assert str(tmp_path) not in (out / "train.log").read_text()

@@ -15,14 +15,14 @@ import pytest
 
 from brokers import KINDS, TestBroker, running, wait_until
 from kinflow import topics
-from kinflow.discovery import Advert, Node
+from kinflow.discovery import Advert, Browser, Node
 from kinflow.errors import LinkLost
 from kinflow.family import Family
 from kinflow.frame import pack, unpack
 from kinflow.messages import Hop, NodeStatus, Reply, Request, Served, Tier
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.policy import NoRoute, Route
-from kinflow.uplink import FIRST_ROUND_TRIP_S, GIVE_UP_S, TRIAL_S, Uplink
+from kinflow.uplink import FIRST_ROUND_TRIP_S, GIVE_UP_S, PATIENCE_S, TRIAL_S, Uplink
 
 LOOPBACK = "127.0.0.1"
 NOWHERE = BrokerAddress(LOOPBACK, 9)
@@ -357,3 +357,31 @@ def test_a_server_that_is_announced_but_dead_does_not_replace_one_that_works(own
         while time.monotonic() < until_s:
             assert chosen(uplink) == "good"
             time.sleep(0.01)
+
+
+def test_adverts_that_do_not_fit_are_not_followed(own_family: Family) -> None:
+    """Another family, version or tier in an advert: its broker is left alone, though a server there would do."""
+    fits = (own_family.id, own_family.version)
+    with ExitStack() as stack:
+        broker = stack.enter_context(running(KINDS[0]))
+        stack.enter_context(FakeNode(broker.address, own_family, "good"))
+
+        def announce(tier: Tier, served: tuple[str, str]) -> str:
+            node = Node(f"{tier}-{os.urandom(4).hex()}", tier, LOOPBACK, broker.address.port, (served,))
+            stack.enter_context(Advert(node, interfaces=[LOOPBACK]))
+            return node.node
+
+        foreign = {
+            announce("edge", (own_family.id, "0.1")),
+            announce("edge", ("other", own_family.version)),
+            announce("device", fits),
+        }
+        browser = stack.enter_context(Browser(interfaces=[LOOPBACK]))
+        uplink = make(own_family, "")
+        uplink.start()
+        stack.callback(uplink.close)
+        wait_until(lambda: foreign <= {node.node for node in browser.nodes()})
+        assert not uplink.wait(PATIENCE_S + 0.5)
+        assert uplink.route() == NoRoute("no server found yet")
+        announce("edge", fits)
+        assert uplink.wait(10)

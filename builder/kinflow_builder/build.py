@@ -28,9 +28,9 @@ class Build:
     """What one run works on."""
 
     folder: Path
-    """The recipe's; its work/ keeps checkpoints, its samples/ gets test images."""
+    """The recipe's."""
     out: Path
-    """Where the bundle goes."""
+    """Gets bundle/, samples/, and work/ with the checkpoint; the recipe's folder or another."""
     recipe: Recipe
     images: DataSet
     log: BuildLog
@@ -51,8 +51,8 @@ def run(build: Build, *, fresh: bool) -> figures.Figures:
     trunk = make_trunk(build.folder, recipe.network)
     check_names(recipe, trunk)
     training, held_out, test = map(build.inputs, (build.images.train, build.images.held_out, build.images.test))
-    trunk = train(trunk, recipe, training, held_out, build.folder / "work", log, fresh=fresh)
-    with bundle.staged(build.out) as stage:
+    trunk = train(trunk, recipe, training, held_out, build.out / "work", log, fresh=fresh)
+    with bundle.staged(build.out / "bundle") as stage:
         manifest = assemble(stage, recipe, trunk, training.images[:CODEC_IMAGES], held_out.images, log)
         family = bundle.write_manifest(stage, manifest)
         exits = calibrated_exits(
@@ -65,8 +65,8 @@ def run(build: Build, *, fresh: bool) -> figures.Figures:
         manifest = msgspec.structs.replace(manifest, exits=exits)
         card.write(stage, manifest, recipe, found)
         bundle.write_manifest(stage, manifest)
-    write_samples(build.folder / "samples", build.images.test, recipe.data)
-    log.line(f"bundle: {bundle.size_bytes(build.out)} bytes")
+    write_samples(build.out / "samples", build.images.test, recipe.data)
+    log.line(f"bundle: {bundle.size_bytes(build.out / 'bundle')} bytes")
     return found
 
 

@@ -13,6 +13,7 @@ from kinflow.errors import BackendError
 from kinflow_builder.recipe import Recipe
 
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime", "scipy", "matplotlib", "PIL", "rich")
+NEEDED_FOR_TFLITE = ("litert_torch", "ai_edge_litert")
 
 
 def build(
@@ -24,7 +25,8 @@ def build(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the bundle goes; else FOLDER/bundle.", show_default=False)
+        Path | None,
+        typer.Option(help="Gets bundle/, samples/, train.log and work/; else FOLDER.", show_default=False),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's training.epochs.", show_default=False)
@@ -35,12 +37,13 @@ def build(
 ) -> None:
     """Train a family from its recipe and write its bundle, card and samples.
 
-    Safe to interrupt: the next call goes on after the last finished epoch. The log is FOLDER/train.log.
+    Safe to interrupt: the next call goes on after the last finished epoch. The log is train.log.
     """
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise BackendError(f"`kinflow build` needs {', '.join(missing)}: pip install 'kinflow[builder]'")
     recipe = Recipe.load(folder)
+    _check_installed(NEEDED, "builder")
+    if recipe.tflite_segments:
+        # Now, and not after half an hour of training.
+        _check_installed(NEEDED_FOR_TFLITE, "builder-tflite")
     if epochs is not None:
         training = msgspec.structs.replace(recipe.training, epochs=epochs)
         recipe = msgspec.structs.replace(recipe, training=training)
@@ -50,5 +53,11 @@ def build(
     from kinflow_builder.log import BuildLog
 
     found = images.load(recipe, data)
-    log = BuildLog(folder / "train.log")
-    steps.run(steps.Build(folder, out or folder / "bundle", recipe, found, log), fresh=fresh)
+    out = out or folder
+    steps.run(steps.Build(folder, out, recipe, found, BuildLog(out / "train.log")), fresh=fresh)
+
+
+def _check_installed(modules: tuple[str, ...], extra: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise BackendError(f"`kinflow build` needs {', '.join(missing)} here: pip install 'kinflow[{extra}]'")

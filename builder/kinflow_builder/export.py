@@ -45,6 +45,7 @@ def export_onnx(segment: Segment, path: Path, example: Array, *, half: bool) -> 
             verbose=False,
         )
     program.save(str(path))
+    _strip(path)
     difference = largest_difference(torch_outputs(segment, example), _run(path, example))
     refuse_beyond(TOLERANCE, difference, path)
     if half:
@@ -81,6 +82,22 @@ def _run(path: Path, example: Array) -> list[Array]:
     # A batch size that the exporter has not seen: the batch axis must really be free.
     parts = [session.run(None, {"x": part}) for part in (example[:1], example[1:])]
     return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
+
+
+def _strip(path: Path) -> None:
+    """Removes the exporter's notes: each node carries the source lines, and with them folders, of the exporter."""
+    model = onnx.load(path)
+    for noted in (
+        model,
+        model.graph,
+        *model.graph.node,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+    ):
+        noted.doc_string = ""
+        del noted.metadata_props[:]
+    onnx.save(model, path)
 
 
 def _store_half(path: Path) -> None:

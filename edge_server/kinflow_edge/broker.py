@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from kinflow import children, frame
 from kinflow.errors import BrokerError
@@ -36,7 +39,7 @@ max_packet_size {max_packet_bytes}
 max_inflight_messages 200
 max_queued_messages 1000
 persistence true
-persistence_location {folder}/
+persistence_location ./
 autosave_on_changes true
 autosave_interval 1
 log_type error
@@ -115,7 +118,8 @@ class Broker:
     def _start(self) -> None:
         listen = self._settings.listen
         self.kind, command, template = _choose(self._settings.kind, listen)
-        self._port = self._port or _free_port(listen)
+        free_port = _free_port(listen)
+        self._port = self._port or free_port
         if _accepts(self.address):
             raise BrokerError(
                 f"port {self._port} of {listen} is in use: name that broker with --broker {self.address}, "
@@ -128,14 +132,17 @@ class Broker:
             template.format(
                 listen=listen,
                 port=self._port,
-                folder=self._folder.name,
                 max_packet_bytes=frame.MAX_FRAME_BYTES + 1024,
             )
         )
         errors = Path(self._folder.name) / "broker.err"
+        account = _account(self.kind)
+        if account:
+            os.chown(self._folder.name, account["user"], account["group"])
         with errors.open("wb") as stream:
+            # Paths relative to the folder: what lies above it may be closed to the broker's account.
             self._process = children.spawn(
-                [*command, str(config)], stdout=stream, stderr=stream, cwd=self._folder.name
+                [*command, config.name], stdout=stream, stderr=stream, cwd=self._folder.name, **account
             )
         self._wait_until_ready(errors)
         log.info("broker started kind=%s address=%s pid=%s", self.kind, self.address, self._process.pid)
@@ -161,7 +168,7 @@ def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
         if mosquitto is None:
             raise BrokerError("mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'")
         return "mosquitto", [mosquitto, "-c"], MOSQUITTO_CONFIG
-    if not ipaddress.ip_address(listen).is_loopback:
+    if not _is_loopback(listen):
         raise BrokerError(
             f"the embedded broker has no access control, so it may not bind {listen}: install mosquitto"
         )
@@ -176,6 +183,23 @@ def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
     )
 
 
+def _account(kind: str) -> dict[str, Any]:
+    """Popen's options for the account it runs under, where it is not ours.
+
+    As root mosquitto would change to its own account by itself, and the kernel then forgets that it is to end
+    with its parent: so it is started under that account.
+    """
+    if kind != "mosquitto" or os.geteuid() != 0:
+        return {}
+    for name in ("mosquitto", "nobody"):
+        try:
+            account = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+    return {}
+
+
 def _accepts(address: BrokerAddress) -> bool:
     try:
         with socket.create_connection((address.host, address.port), timeout=0.5):
@@ -184,7 +208,20 @@ def _accepts(address: BrokerAddress) -> bool:
         return False
 
 
+def _is_loopback(listen: str) -> bool:
+    try:
+        return ipaddress.IPv4Address(listen).is_loopback
+    except ValueError as exc:
+        raise BrokerError(f"broker.listen is {listen!r}: expected an IPv4 address of this machine") from exc
+
+
 def _free_port(listen: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((listen, 0))
-        return int(probe.getsockname()[1])
+    try:
+        with socket.socket() as probe:
+            probe.bind((listen, 0))
+            return int(probe.getsockname()[1])
+    except OSError as exc:
+        raise BrokerError(
+            f"broker.listen is {listen!r}, which cannot be bound ({exc.strerror}): "
+            "expected an IPv4 address of this machine, or 0.0.0.0 for all of them"
+        ) from exc
