@@ -42,9 +42,7 @@ def _compare(bundle: Path, rounds: int) -> dict[str, Any]:
     graph = family.manifest.segments[family.manifest.members["device"].segments[0]].graphs["onnx"]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        family.files[graph.file.path], options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(family.files[graph.file.path], options, providers=["CPUExecutionProvider"])
 
     # threshold 0 keeps every answer: what is measured is the path of a confident one, offloading switched on.
     settings = DeviceSettings(threshold=0.0, broker="127.0.0.1:9")

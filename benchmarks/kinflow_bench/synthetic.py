@@ -107,9 +107,7 @@ def _device_graph(shape: Shape) -> bytes:
         nodes.append(helper.make_node("Conv", [last, f"w{n}"], [f"c{n}"], pads=[1, 1, 1, 1]))
         nodes.append(helper.make_node("Relu", [f"c{n}"], [f"r{n}"]))
         last, width = f"r{n}", shape.width
-    return _model(
-        nodes, weights, last, width, [1, shape.side, shape.side], [shape.channels, shape.side, shape.side]
-    )
+    return _model(nodes, weights, last, width, [1, shape.side, shape.side], [shape.channels, shape.side, shape.side])
 
 
 def _server_graph(shape: Shape) -> bytes:

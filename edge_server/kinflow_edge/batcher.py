@@ -66,9 +66,7 @@ class Batcher(Generic[Item]):
             self._busy_since_s = None
             self._batch_items = 0
             per_item = spent_s / max(items, 1)
-            self._item_s = (
-                per_item if self._item_s == 0.0 else (1 - SMOOTHING) * self._item_s + SMOOTHING * per_item
-            )
+            self._item_s = per_item if self._item_s == 0.0 else (1 - SMOOTHING) * self._item_s + SMOOTHING * per_item
 
     def queue_s(self) -> float:
         """How long an item put in now would wait until it is computed, its own computing included."""

@@ -155,9 +155,7 @@ class Broker:
             if status is not None or time.monotonic() > give_up:
                 last = errors.read_text(errors="replace").strip().splitlines()[-1:]
                 what = f"ended with status {status}" if status is not None else "does not accept connections"
-                raise BrokerError(
-                    f"{self.kind} at {self.address} {what}: {' '.join(last) or 'it printed nothing'}"
-                )
+                raise BrokerError(f"{self.kind} at {self.address} {what}: {' '.join(last) or 'it printed nothing'}")
             time.sleep(0.02)
 
 
@@ -169,13 +167,9 @@ def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
             raise BrokerError("mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'")
         return "mosquitto", [mosquitto, "-c"], MOSQUITTO_CONFIG
     if not _is_loopback(listen):
-        raise BrokerError(
-            f"the embedded broker has no access control, so it may not bind {listen}: install mosquitto"
-        )
+        raise BrokerError(f"the embedded broker has no access control, so it may not bind {listen}: install mosquitto")
     if find_spec("iotcore") is None:
-        raise BrokerError(
-            "no broker: apt install mosquitto, pip install 'kinflow[broker]', or name one with --broker"
-        )
+        raise BrokerError("no broker: apt install mosquitto, pip install 'kinflow[broker]', or name one with --broker")
     return (
         "embedded",
         [sys.executable, "-m", "iotcore", "--log-level", "CRITICAL", "--config"],

@@ -18,7 +18,8 @@ from kinflow.messages import Tier
 from kinflow_edge.server import Server
 
 Bundles = Annotated[
-    list[str] | None, typer.Argument(help="Bundles to serve: folders or .zip files (families/fashion/bundle).", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Bundles to serve: folders or .zip files (families/fashion/bundle).", show_default=False),
 ]
 SettingsFile = Annotated[
     Path | None,
@@ -31,9 +32,7 @@ NodeName = Annotated[str | None, typer.Option("--node", help="Name of this serve
 Member = Annotated[str | None, typer.Option(help="Member to run, if not the one named like the tier.")]
 Listen = Annotated[str | None, typer.Option(help="IPv4 address that the started broker binds (127.0.0.1).")]
 Port = Annotated[int | None, typer.Option(help="Port that the started broker binds (1883); 0: any free one.")]
-BrokerOption = Annotated[
-    str | None, typer.Option("--broker", help="host:port of a running broker to use instead.")
-]
+BrokerOption = Annotated[str | None, typer.Option("--broker", help="host:port of a running broker to use instead.")]
 BrokerKind = Annotated[str | None, typer.Option(help="What to start: mosquitto, embedded or auto.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime (1).")]
 BatchSize = Annotated[int | None, typer.Option(help="Most requests computed as one batch (16).")]

@@ -43,9 +43,7 @@ class ServedFamily:
         segments = [family.manifest.segments[name] for name in spec.segments]
         splits = [segment.source for segment in segments if segment.source != INPUT]
         if not splits:
-            raise FamilyMismatch(
-                f"member {member!r} of {family.id} begins at the input: no server can continue it"
-            )
+            raise FamilyMismatch(f"member {member!r} of {family.id} begins at the input: no server can continue it")
         entries = {}
         for split in splits:
             codecs = {name: family.codec(split, name) for name in family.manifest.splits[split].codecs}

@@ -47,9 +47,7 @@ class UniformRansCodec:
     frequencies: npt.NDArray[np.uint16]
 
     @classmethod
-    def from_spec(
-        cls, name: str, shape: tuple[int, int, int], spec: CodecSpec, table: bytes
-    ) -> UniformRansCodec:
+    def from_spec(cls, name: str, shape: tuple[int, int, int], spec: CodecSpec, table: bytes) -> UniformRansCodec:
         """Raises CodecError when the table and the numbers do not fit the split's shape."""
         channels = shape[0]
         if len(spec.step) != channels or len(spec.zero) != channels:
@@ -57,9 +55,7 @@ class UniformRansCodec:
                 f"codec {name!r}: step and zero need {channels} entries, have {len(spec.step)} and {len(spec.zero)}"
             )
         if len(table) != channels * SYMBOLS * 2:
-            raise CodecError(
-                f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}"
-            )
+            raise CodecError(f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}")
         frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
         if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
             raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")
@@ -138,7 +134,7 @@ class UniformRansCodec:
     @cached_property
     def _lookup(self) -> list[_Row]:
         rows = []
-        for frequencies, starts in zip(self.frequencies, self._cumulative):
+        for frequencies, starts in zip(self.frequencies, self._cumulative, strict=True):
             slots = np.repeat(np.arange(SYMBOLS, dtype=np.uint8), frequencies).tobytes()
             rows.append(_Row(slots, frequencies.tolist(), starts.tolist()))
         return rows
@@ -173,7 +169,7 @@ def _encode_blocks(frequencies: list[int], starts: list[int]) -> bytes:
     for begin in range(0, len(frequencies), BLOCK_SYMBOLS):
         state = 0
         block = slice(begin, begin + BLOCK_SYMBOLS)
-        for frequency, start in zip(reversed(frequencies[block]), reversed(starts[block])):
+        for frequency, start in zip(reversed(frequencies[block]), reversed(starts[block]), strict=True):
             quotient, remainder = divmod(state, frequency)
             state = (quotient << TABLE_BITS) + remainder + start
         coded = state.to_bytes((state.bit_length() + 7) // 8, "little")

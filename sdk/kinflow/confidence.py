@@ -6,6 +6,7 @@ per exit by likelihood on held-out data. It calibrates; what bounds the risk is 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,11 @@ class Reading(NamedTuple):
 
 
 def read(logits: npt.NDArray[np.float32], temperature: float) -> Reading:
-    """One item: `logits` of shape [classes]."""
+    """One item: `logits` of shape [classes]. Logits that are not finite give the confidence 0."""
     label = int(logits.argmax())
     # The largest term of the softmax is exp(0); the others are relative to it.
-    return Reading(label, float(1.0 / np.exp((logits - logits[label]) / temperature).sum()))
+    confidence = float(1.0 / np.exp((logits - logits[label]) / temperature).sum())
+    return Reading(label, confidence if math.isfinite(confidence) else 0.0)
 
 
 def probabilities(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float64]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from kinflow.answer import Answer, Timings
 from kinflow.codec import Features
 from kinflow.confidence import Reading, read
-from kinflow.errors import LinkError, LinkTimeout, SettingsError
+from kinflow.errors import CodecError, LinkError, LinkTimeout, SettingsError
 from kinflow.family import Family, Output
 from kinflow.link import Answered
 from kinflow.logs import event
@@ -33,6 +33,7 @@ log = logging.getLogger("kinflow.device")
 # The reply must still be turned into an Answer: what is left of the deadline for that.
 RESERVE_S = 0.002
 SWITCHED_OFF = NoRoute("offloading is switched off", by_choice=True)
+NOT_OPEN = NoRoute("the device is not open: use it in a with block")
 
 
 class Device:
@@ -51,20 +52,12 @@ class Device:
         self._threshold = exit_spec.threshold if settings.threshold is None else settings.threshold
         self._client_id = f"device-{os.urandom(6).hex()}"
         self._uplink: Uplink | None = None
+        self._split = last.split if settings.offload else None
         if last.split is None:
             # Nothing above can continue from the last segment: every answer is the family's best.
             self._threshold = 0.0
-        elif settings.offload:
+        else:
             self._codec = family.codec(last.split, settings.codec)
-            self._uplink = Uplink(
-                family,
-                last.split,
-                self._codec.name,
-                self._client_id,
-                tiers=("edge", "cloud"),
-                broker=settings.broker,
-                interfaces=settings.interfaces,
-            )
         self._pool: ThreadPoolExecutor | None = None
 
     @classmethod
@@ -73,8 +66,19 @@ class Device:
         return cls(Family.load(bundle), settings)
 
     def __enter__(self) -> Device:
+        if self._pool is not None:
+            raise SettingsError("this device is open already: make another one, or leave the with block first")
         self._pool = ThreadPoolExecutor(self.settings.workers, thread_name_prefix="kinflow-submit")
-        if self._uplink is not None:
+        if self._split is not None:
+            self._uplink = Uplink(
+                self.family,
+                self._split,
+                self._codec.name,
+                self._client_id,
+                tiers=("edge", "cloud"),
+                broker=self.settings.broker,
+                interfaces=self.settings.interfaces,
+            )
             self._uplink.start()
         return self
 
@@ -86,6 +90,7 @@ class Device:
             self._pool = None
         if self._uplink is not None:
             self._uplink.close()
+            self._uplink = None
 
     def wait_for_server(self, timeout_s: float) -> bool:
         """True as soon as a server can be asked. An app need not wait: until then answers are local."""
@@ -107,9 +112,7 @@ class Device:
         reading = read(output.logits[0], self._temperature)
         computed = time.perf_counter()
         # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
-        route = (
-            SWITCHED_OFF if self._uplink is None or reading.confidence >= self._threshold else self._uplink.route()
-        )
+        route = SWITCHED_OFF if reading.confidence >= self._threshold else self._route()
         remaining_s = deadline_s - (computed - start) - RESERVE_S
         decision = decide(reading.confidence, self._threshold, route, remaining_s)
         local = _Local(start, computed, output, reading, os.urandom(16))
@@ -137,6 +140,11 @@ class Device:
             raise SettingsError("the device is not open: use it in a with block")
         return self._pool.submit(self.infer, image, deadline_s=deadline_s)
 
+    def _route(self) -> Route | NoRoute:
+        if self._split is None:
+            return SWITCHED_OFF
+        return NOT_OPEN if self._uplink is None else self._uplink.route()
+
     def _local_answer(
         self, local: _Local, keep: Keep, *, bytes_up: int = 0, encode_ms: float = 0.0, link_ms: float = 0.0
     ) -> Answer:
@@ -159,17 +167,16 @@ class Device:
         """Ask the server; whatever goes wrong, the device's own answer is there."""
         features: Features | None = local.output.features
         assert features is not None
-        payload = self._codec.encode(features[0])
-        sent = time.perf_counter()
-        encode_ms = (sent - local.computed) * 1e3
+        sent, encode_ms, payload = local.computed, 0.0, b""
         try:
+            payload = self._codec.encode(features[0])
+            sent = time.perf_counter()
+            encode_ms = (sent - local.computed) * 1e3
             answered = self._ask(route, local.request_id, payload, due - sent)
-        except LinkError as exc:
+        except (CodecError, LinkError) as exc:
             link_ms = (time.perf_counter() - sent) * 1e3
             keep = Keep(f"{exc.code}: {exc}", degraded=True)
-            return self._local_answer(
-                local, keep, bytes_up=len(payload), encode_ms=encode_ms, link_ms=link_ms
-            )
+            return self._local_answer(local, keep, bytes_up=len(payload), encode_ms=encode_ms, link_ms=link_ms)
         reply = answered.reply
         done = time.perf_counter()
         return Answer(
@@ -183,9 +190,7 @@ class Device:
             bytes_up=answered.bytes_up,
             bytes_down=answered.bytes_down,
             total_ms=(done - local.start) * 1e3,
-            timings=Timings(
-                (local.computed - local.start) * 1e3, encode_ms, (done - sent) * 1e3, tuple(reply.hops)
-            ),
+            timings=Timings((local.computed - local.start) * 1e3, encode_ms, (done - sent) * 1e3, tuple(reply.hops)),
             request_id=local.request_id.hex(),
         )
 

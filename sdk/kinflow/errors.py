@@ -52,7 +52,7 @@ class CodecError(KinflowError):
     code = "codec"
 
 
-class FamilyMismatch(KinflowError):  # noqa: N818 - it names what happened
+class FamilyMismatch(KinflowError):
     code = "mismatch"
 
 

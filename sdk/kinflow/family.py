@@ -79,33 +79,23 @@ class Family:
         """The codec called `name` at `split`, the split's default one without a name. Raises FamilyMismatch."""
         spec = self.manifest.splits.get(split)
         if spec is None:
-            raise FamilyMismatch(
-                f"{self.id} has the splits {_names(self.manifest.splits)}, asked for {split!r}"
-            )
+            raise FamilyMismatch(f"{self.id} has the splits {_names(self.manifest.splits)}, asked for {split!r}")
         codec = self.codecs.get((split, name or spec.default_codec))
         if codec is None:
-            raise FamilyMismatch(
-                f"split {split!r} of {self.id} has the codecs {_names(spec.codecs)}, got {name!r}"
-            )
+            raise FamilyMismatch(f"split {split!r} of {self.id} has the codecs {_names(spec.codecs)}, got {name!r}")
         return codec
 
-    def member(
-        self, name: str, *, backend: BackendName = "onnx", source: str = INPUT, threads: int = 1
-    ) -> Member:
+    def member(self, name: str, *, backend: BackendName = "onnx", source: str = INPUT, threads: int = 1) -> Member:
         """Open the part of a member that begins at `source` (the input or a split).
 
         Raises FamilyMismatch for an unknown member or source, BackendError when the runtime is not there.
         """
         spec = self.manifest.members.get(name)
         if spec is None:
-            raise FamilyMismatch(
-                f"{self.id} has the members {_names(self.manifest.members)}, asked for {name!r}"
-            )
+            raise FamilyMismatch(f"{self.id} has the members {_names(self.manifest.members)}, asked for {name!r}")
         sources = [self.manifest.segments[segment].source for segment in spec.segments]
         if source not in sources:
-            raise FamilyMismatch(
-                f"member {name!r} of {self.id} can begin at {_names(sources)}, asked for {source!r}"
-            )
+            raise FamilyMismatch(f"member {name!r} of {self.id} can begin at {_names(sources)}, asked for {source!r}")
         opened = []
         for segment in spec.segments[sources.index(source) :]:
             opened.append(self._open_segment(segment, backend, threads))
@@ -239,9 +229,7 @@ def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -
     return data
 
 
-def _open_codecs(
-    root: Path, manifest: Manifest, files: dict[str, bytes]
-) -> dict[tuple[str, str], UniformRansCodec]:
+def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dict[tuple[str, str], UniformRansCodec]:
     codecs = {}
     for split, spec in manifest.splits.items():
         channels, height, width = spec.shape
@@ -267,18 +255,14 @@ def _check_references(root: Path, manifest: Manifest) -> None:
 
     channels = {"L": 1, "RGB": 3}[manifest.preprocess.mode]
     if len(manifest.preprocess.mean) != channels or len(manifest.preprocess.std) != channels:
-        fail(
-            f"preprocess.mean and preprocess.std need {channels} entries for mode {manifest.preprocess.mode}"
-        )
+        fail(f"preprocess.mean and preprocess.std need {channels} entries for mode {manifest.preprocess.mode}")
     shapes = {INPUT: [channels, manifest.preprocess.height, manifest.preprocess.width]}
     if INPUT in manifest.splits:
         fail(f"a split may not be called {INPUT!r}: segments mean the family's input by it")
     for name, split in manifest.splits.items():
         shapes[name] = split.shape
         if split.default_codec not in split.codecs:
-            fail(
-                f"splits.{name}.default_codec is {split.default_codec!r}, the codecs are {_names(split.codecs)}"
-            )
+            fail(f"splits.{name}.default_codec is {split.default_codec!r}, the codecs are {_names(split.codecs)}")
     for name, segment in manifest.segments.items():
         where = f"segments.{name}"
         if segment.source not in shapes:
@@ -291,9 +275,7 @@ def _check_references(root: Path, manifest: Manifest) -> None:
         expected += [[len(manifest.labels)]] if segment.exit is not None else []
         for backend, graph in segment.graphs.items():
             if graph.input.shape != shapes[segment.source]:
-                fail(
-                    f"{where}.graphs.{backend} takes {graph.input.shape}, its source has {shapes[segment.source]}"
-                )
+                fail(f"{where}.graphs.{backend} takes {graph.input.shape}, its source has {shapes[segment.source]}")
             if [output.shape for output in graph.outputs] != expected:
                 found = [output.shape for output in graph.outputs]
                 fail(f"{where}.graphs.{backend} gives {found}, its split and exit need {expected}")

@@ -102,14 +102,10 @@ class Fleet:
             while not server.events.empty():
                 said = server.events.get()
                 if said["event"] == "broker-restarted":
-                    lines.append(
-                        f"the {server.name} server's broker died and was restarted (pid {said['broker_pid']})"
-                    )
+                    lines.append(f"the {server.name} server's broker died and was restarted (pid {said['broker_pid']})")
             if not server.alive:
                 del self.servers[server.name]
-                lines.append(
-                    f"the {server.name} server (pid {server.pid}) died, status {server.process.returncode}"
-                )
+                lines.append(f"the {server.name} server (pid {server.pid}) died, status {server.process.returncode}")
         return lines
 
 

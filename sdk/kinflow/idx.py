@@ -60,9 +60,7 @@ def parse(raw: bytes, path: str | Path, axes: int | None = None) -> npt.NDArray[
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, begin, 4))
     expected = math.prod(shape)
     if expected > MAX_BYTES or len(raw) - begin != expected:
-        raise InputError(
-            f"{path}: expected {expected} values for the shape {shape}, found {len(raw) - begin}"
-        )
+        raise InputError(f"{path}: expected {expected} values for the shape {shape}, found {len(raw) - begin}")
     return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape)
 
 

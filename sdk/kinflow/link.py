@@ -254,9 +254,7 @@ class Link:
         self._counters.retried += 1
         log.debug("request %s: attempt %d", future.request.id.hex(), future.attempts + 1)
         try:
-            self._publish(
-                future, pack(msgspec.structs.replace(future.request, deadline_ms=left_ms), future.payload)
-            )
+            self._publish(future, pack(msgspec.structs.replace(future.request, deadline_ms=left_ms), future.payload))
         except LinkError as exc:
             log.debug("request %s: %s", future.request.id.hex(), exc)
 

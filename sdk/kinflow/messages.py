@@ -7,7 +7,7 @@ what is missing has its default.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -103,4 +103,4 @@ class NodeStatus(msgspec.Struct, frozen=True, tag="status", array_like=True):
     """Requests since the start: answered by an exit, and refused (Busy or Failure)."""
 
 
-Message = Union[Request, Reply, Busy, Failure, NodeStatus]
+Message = Request | Reply | Busy | Failure | NodeStatus

@@ -73,9 +73,7 @@ def decide(confidence: float, threshold: float, route: Route | NoRoute, remainin
         return Keep(route.reason, degraded=not route.by_choice)
     expected = route.estimate.expected_s
     if expected > remaining_s:
-        reason = (
-            f"{route.node} needs about {expected * 1e3:.0f} ms, {max(remaining_s, 0) * 1e3:.0f} ms are left"
-        )
+        reason = f"{route.node} needs about {expected * 1e3:.0f} ms, {max(remaining_s, 0) * 1e3:.0f} ms are left"
         return Keep(reason, degraded=True)
     return Offload(route, f"confidence {confidence:.2f} is below {threshold:.2f}")
 

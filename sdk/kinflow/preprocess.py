@@ -34,9 +34,7 @@ class Preprocessor:
         channel. Raises InputError that says what was expected and what came.
         """
         if not isinstance(image, np.ndarray):
-            raise InputError(
-                f"an image is a numpy array, got {type(image).__name__}: kinflow.read_image reads files"
-            )
+            raise InputError(f"an image is a numpy array, got {type(image).__name__}: kinflow.read_image reads files")
         if image.shape not in self._shapes:
             expected = " or ".join(str(shape) for shape in self._shapes)
             raise InputError(f"the image's shape is {image.shape}, this family takes {expected}")
@@ -48,9 +46,7 @@ class Preprocessor:
             if not (image.min() >= 0.0 and image.max() <= 1.0):
                 raise InputError("a float32 image has values from 0 to 1, this one has others, or NaN")
         else:
-            raise InputError(
-                f"the image's dtype is {image.dtype}, this family takes uint8 (0…255) or float32 (0…1)"
-            )
+            raise InputError(f"the image's dtype is {image.dtype}, this family takes uint8 (0…255) or float32 (0…1)")
         planes = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
         batch = np.multiply(planes, scale, dtype=np.float32)
         batch += self._offset

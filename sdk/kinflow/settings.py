@@ -41,9 +41,7 @@ class DeviceSettings(_Settings, frozen=True):
     backend: Annotated[BackendName, _doc("Runtime of the device member: `onnx` or `tflite`.")] = "onnx"
     member: Annotated[str, _doc("The member that runs here.")] = "device"
     threads: Annotated[int, _doc("Threads of the runtime.", ge=1, le=64)] = 1
-    deadline_s: Annotated[
-        float, _doc("Default time in which an answer must come, seconds.", gt=0, le=3600)
-    ] = 1.0
+    deadline_s: Annotated[float, _doc("Default time in which an answer must come, seconds.", gt=0, le=3600)] = 1.0
     threshold: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
         _doc("Keep answers at this confidence or above; without it, the bundle's certificate."),
@@ -51,9 +49,7 @@ class DeviceSettings(_Settings, frozen=True):
     codec: Annotated[str, _doc("Codec of the features that leave; empty: the split's default.")] = ""
     offload: Annotated[bool, _doc("False: never use the network.")] = True
     broker: Annotated[str, _doc("`host:port` of a server's broker; empty: find one by zeroconf.")] = ""
-    interfaces: Annotated[
-        list[str], _doc("IPv4 addresses whose networks are searched; empty: all of them.")
-    ] = []
+    interfaces: Annotated[list[str], _doc("IPv4 addresses whose networks are searched; empty: all of them.")] = []
     workers: Annotated[int, _doc("How many `submit()` calls run at the same time.", ge=1, le=256)] = 4
 
 
@@ -68,9 +64,9 @@ class BrokerSettings(_Settings, frozen=True):
             pattern=r"^(auto|mosquitto|embedded)\Z",
         ),
     ] = "auto"
-    listen: Annotated[
-        str, _doc("IPv4 address that the started broker binds. Loopback unless told otherwise.")
-    ] = "127.0.0.1"
+    listen: Annotated[str, _doc("IPv4 address that the started broker binds. Loopback unless told otherwise.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[Port, _doc("Port that the started broker binds; 0: any free one.")] = 1883
 
 
@@ -96,17 +92,13 @@ class ServerSettings(_Settings, frozen=True):
             le=1000,
         ),
     ] = 0.0
-    queue_size: Annotated[
-        int, _doc("Most requests waiting; above it the answer is Busy.", ge=1, le=100_000)
-    ] = 1024
+    queue_size: Annotated[int, _doc("Most requests waiting; above it the answer is Busy.", ge=1, le=100_000)] = 1024
     upstream: Annotated[str, _doc("`host:port` of the next tier's broker; empty: nothing above.")] = ""
     advertise: Annotated[bool, _doc("Announce this server by zeroconf.")] = True
     interfaces: Annotated[
         list[str], _doc("IPv4 addresses announced and used for zeroconf; empty: those that the broker binds.")
     ] = []
-    status_interval_s: Annotated[
-        float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)
-    ] = 1.0
+    status_interval_s: Annotated[float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)] = 1.0
     broker: Annotated[BrokerSettings, _doc("The broker this server uses.")] = BrokerSettings()
 
 

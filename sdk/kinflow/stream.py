@@ -13,7 +13,7 @@ from kinflow.packet import MAX_FIXED_HEADER_BYTES, is_publish, packet_bytes
 log = logging.getLogger("kinflow.link")
 
 
-class OtherPacket(Exception):  # noqa: N818 - it names what happened
+class OtherPacket(Exception):
     """What comes next is not a PUBLISH at QoS 0, or the end of the stream."""
 
 

@@ -119,9 +119,7 @@ class Uplink:
         path = self._path
         return NoRoute("no server found yet") if path is None else self._route_by(path)
 
-    def request(
-        self, route: Route, request_id: bytes, payload: bytes, remaining_s: float
-    ) -> Future[Answered]:
+    def request(self, route: Route, request_id: bytes, payload: bytes, remaining_s: float) -> Future[Answered]:
         """Send coded features along `route`. The future ends within `remaining_s`, see Link.request.
 
         Raises LinkLost when the link that `route` was for was replaced meanwhile.
@@ -154,9 +152,7 @@ class Uplink:
         if best is None:
             return NoRoute(refusal)
         round_trip_s = path.link.round_trip_s
-        estimate = LinkEstimate(
-            FIRST_ROUND_TRIP_S if round_trip_s is None else round_trip_s, best.queue_ms / 1e3
-        )
+        estimate = LinkEstimate(FIRST_ROUND_TRIP_S if round_trip_s is None else round_trip_s, best.queue_ms / 1e3)
         return Route(best.node, best.tier, self._split, self._codec, estimate)
 
     def _rank(self, status: NodeStatus) -> tuple[int, float, str]:
@@ -209,9 +205,7 @@ class Uplink:
         """The broker to be linked to now; the current one means: stay."""
         if self._browser is None:
             return self._fixed
-        targets = [
-            target for target in self._announced() if self._avoided_until_s.get(target.address, 0.0) <= now_s
-        ]
+        targets = [target for target in self._announced() if self._avoided_until_s.get(target.address, 0.0) <= now_s]
         if path is None:
             patient = now_s - self._started_s < PATIENCE_S
             return targets[0] if targets and not (patient and targets[0].rank > 0) else None

@@ -30,9 +30,7 @@ class OnnxRunner:
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime's errors share no base class of their own
-            raise BackendError(
-                f"{graph.file.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}"
-            ) from exc
+            raise BackendError(f"{graph.file.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}") from exc
         inputs = [node.name for node in self._session.get_inputs()]
         outputs = [node.name for node in self._session.get_outputs()]
         if inputs != [graph.input.name] or outputs != [output.name for output in graph.outputs]:

@@ -55,7 +55,7 @@ class TfliteRunner:
             items = [self._run_one(batch[i : i + 1]) for i in range(len(batch))]
         if len(items) == 1:
             return items[0]
-        return [np.concatenate(parts) for parts in zip(*items)]
+        return [np.concatenate(parts) for parts in zip(*items, strict=True)]
 
     def _run_one(self, item: Array) -> list[Array]:
         try:

@@ -59,9 +59,7 @@ def demo(
         device = stack.enter_context(Device.open(bundle, settings))
         with console.status("looking for an edge server by zeroconf"):
             if not device.wait_for_server(FIND_TIMEOUT_S):
-                raise LinkError(
-                    "zeroconf found no edge server on 127.0.0.1: does `kinflow doctor` report multicast?"
-                )
+                raise LinkError("zeroconf found no edge server on 127.0.0.1: does `kinflow doctor` report multicast?")
         items = list(sources([_samples(family)], device.family.preprocess))[:images]
         answers = _classify(device, items, fleet, console)
         summary = summarise(

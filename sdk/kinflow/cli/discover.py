@@ -60,9 +60,7 @@ def discover(
     elif found:
         _show(found)
     else:
-        typer.echo(
-            f"no server answered within {timeout:g} s; `kinflow doctor` checks this machine's side", err=True
-        )
+        typer.echo(f"no server answered within {timeout:g} s; `kinflow doctor` checks this machine's side", err=True)
     if not found:
         raise typer.Exit(1)
 

@@ -63,9 +63,7 @@ def memory() -> list[Check]:
     if available < MEMORY_FAIL_MB:
         return [Check("memory", "fail", found, f"free some: a device needs about {MEMORY_FAIL_MB} MB")]
     if available < MEMORY_WARN_MB:
-        return [
-            Check("memory", "warn", found, f"close something: below {MEMORY_WARN_MB} MB a runtime may not fit")
-        ]
+        return [Check("memory", "warn", found, f"close something: below {MEMORY_WARN_MB} MB a runtime may not fit")]
     return [Check("memory", "ok", found)]
 
 
@@ -155,9 +153,7 @@ def _probe(name: str, number: str) -> Check:
     except subprocess.TimeoutExpired:
         advice = "is the machine out of memory?"
         return Check("packages", "fail", f"{title} does not load within {IMPORT_TIMEOUT_S:.0f} s", advice)
-    return judge_probe(
-        title, name, done.returncode, done.stderr.decode(errors="replace"), time.monotonic() - start
-    )
+    return judge_probe(title, name, done.returncode, done.stderr.decode(errors="replace"), time.monotonic() - start)
 
 
 def judge_probe(title: str, name: str, returncode: int, errors: str, seconds: float) -> Check:

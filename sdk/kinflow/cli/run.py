@@ -34,9 +34,7 @@ COLUMNS = (
 def run(
     paths: Annotated[
         list[str],
-        typer.Argument(
-            metavar="PATH…", help="Images, folders of them, idx files, or - for frames on standard input."
-        ),
+        typer.Argument(metavar="PATH…", help="Images, folders of them, idx files, or - for frames on standard input."),
     ],
     bundle: Annotated[Path | None, typer.Option(help="Folder or .zip of a bundle.", show_default=False)] = None,
     family: Annotated[
@@ -56,17 +54,11 @@ def run(
     ] = None,
     interface: Annotated[
         list[str] | None,
-        typer.Option(
-            help="IPv4 address whose network is searched for servers; may be repeated.", show_default=False
-        ),
+        typer.Option(help="IPv4 address whose network is searched for servers; may be repeated.", show_default=False),
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="Never use the network.")] = False,
-    wait: Annotated[
-        float, typer.Option(help="Seconds to wait for a server before the first image.")
-    ] = SERVER_WAIT_S,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many images.", show_default=False)
-    ] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a server before the first image.")] = SERVER_WAIT_S,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many images.", show_default=False)] = None,
     settings_file: Annotated[
         Path | None,
         typer.Option(

@@ -56,7 +56,7 @@ def summarise(
             reasons[answer.reason] = reasons.get(answer.reason, 0) + 1
     return Summary(
         images=len(answers),
-        accuracy=_percent([answer.index == truth for answer, truth in zip(answers, truths)]),
+        accuracy=_percent([answer.index == truth for answer, truth in zip(answers, truths, strict=True)]),
         accuracy_device_only=_member_accuracy(family, "device", images, truths),
         accuracy_cloud_only=_member_accuracy(family, "cloud", images, truths),
         tiers={tier: _tier(tier, answers, truths) for tier in TIERS},
@@ -106,7 +106,7 @@ def table(summary: Summary) -> Any:
 
 
 def _tier(tier: str, answers: Sequence[Answer], truths: Sequence[int]) -> TierSummary:
-    chosen = [(answer, truth) for answer, truth in zip(answers, truths) if answer.tier == tier]
+    chosen = [(answer, truth) for answer, truth in zip(answers, truths, strict=True) if answer.tier == tier]
     share = len(chosen) / len(answers)
     if not chosen:
         return TierSummary(share, None, None, None, None)
@@ -127,7 +127,7 @@ def _member_accuracy(
     member = family.member(name)
     prepare = Preprocessor(family.preprocess)
     labels = [int(member.run(prepare(image)).logits[0].argmax()) for image in images]
-    return _percent([label == truth for label, truth in zip(labels, truths)])
+    return _percent([label == truth for label, truth in zip(labels, truths, strict=True)])
 
 
 def _encoded_bytes(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
