@@ -37,7 +37,9 @@ def sample_images(count: int = 1000) -> Images:
     return idx.read(SAMPLES, axes=3)[:count]
 
 
-def copy_bundle(folder: Path, *, family: str = "", version: str = "", thresholds: dict[str, float] | None = None) -> Path:
+def copy_bundle(
+    folder: Path, *, family: str = "", version: str = "", thresholds: dict[str, float] | None = None
+) -> Path:
     """The committed bundle under an id that nobody else on this machine announces, with other thresholds.
 
     A threshold of 1 at an exit sends everything on; an exit that is not named keeps its own.
@@ -52,7 +54,9 @@ def copy_bundle(folder: Path, *, family: str = "", version: str = "", thresholds
     return folder
 
 
-def member_answer(family: Family, member: str, image: Images, codecs: dict[str, str] | None = None) -> tuple[int, float]:
+def member_answer(
+    family: Family, member: str, image: Images, codecs: dict[str, str] | None = None
+) -> tuple[int, float]:
     """(label, confidence) of a member on one image, computed here, features coded at every split on the way.
 
     `codecs` by split; without one, the split's default.

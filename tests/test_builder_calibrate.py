@@ -16,8 +16,7 @@ from kinflow_builder.calibrate import THRESHOLDS, certify, gap, p_value, tempera
 def exact_tail(losses: int, n: int, epsilon: float) -> float:
     """P(at most `losses` of n), term by term in exact integers and one rounding."""
     return math.fsum(
-        math.comb(n, k) * math.exp(k * math.log(epsilon) + (n - k) * math.log1p(-epsilon))
-        for k in range(losses + 1)
+        math.comb(n, k) * math.exp(k * math.log(epsilon) + (n - k) * math.log1p(-epsilon)) for k in range(losses + 1)
     )
 
 

@@ -67,7 +67,7 @@ def run(recipe: Recipe, work: Path, *, fresh: bool = False) -> dict[str, torch.T
     return {name: value.clone() for name, value in trunk.state_dict().items()}
 
 
-class Interrupted(Exception):  # noqa: N818 - it names what happened
+class Interrupted(Exception):
     """Stands for Ctrl-C."""
 
 

@@ -16,7 +16,6 @@ import pytest
 from brokers import KINDS, wait_until
 from brokers import running as running_broker
 from kinflow.answer import Answer
-from kinflow.confidence import read
 from kinflow.device import Device
 from kinflow.errors import InputError, SettingsError
 from kinflow.family import Family
@@ -189,6 +188,7 @@ def test_nobody_at_the_broker_address(always_edge: Path) -> None:
     """No broker at all: local at once, and the reason names the address."""
     with Device.open(always_edge, DeviceSettings(broker=NOBODY)) as device:
         assert not device.wait_for_server(0.3)
+        wait_until(lambda: NOBODY in device.infer(IMAGES[0]).reason)
         for number in range(3):
             answer = device.infer(IMAGES[number])
             assert_local(answer, always_edge, number, 0.0)
@@ -209,6 +209,7 @@ def test_a_broker_without_servers(always_edge: Path) -> None:
 def test_a_silent_broker(always_edge: Path) -> None:
     """It accepts the connection and never says a word: local answers, none of them waits."""
     with silent_broker() as address, Device.open(always_edge, DeviceSettings(broker=address)) as device:
+        wait_until(lambda: address in device.infer(IMAGES[2], deadline_s=0.5).reason)
         give_up_s = time.monotonic() + 1.0
         while time.monotonic() < give_up_s:
             answer = device.infer(IMAGES[2], deadline_s=0.5)

@@ -167,9 +167,7 @@ def test_an_edge_server_that_is_sure_answers_itself(sure: Path) -> None:
                 assert not reply.degraded
 
 
-def test_an_edge_server_that_is_unsure_escalates(
-    pair: tuple[ServerProcess, ServerProcess], unsure: Path
-) -> None:
+def test_an_edge_server_that_is_unsure_escalates(pair: tuple[ServerProcess, ServerProcess], unsure: Path) -> None:
     """The cloud member's answer, features coded at both splits, with a hop for each server, nearest first."""
     cloud, edge = pair
     with Asker(unsure, edge.broker) as asker:
@@ -309,7 +307,7 @@ def _answers(asker: Asker) -> bool:
 
 
 def test_a_bundle_that_cannot_be_served_is_refused_before_anything_starts(
-    sure: Path, unsure: Path, bundle: Path, tmp_path: Path
+    sure: Path, bundle: Path, tmp_path: Path
 ) -> None:
     """No bundle, two of one family, a missing one, a member that begins at the input, nothing above the last."""
     twin = copy_bundle(tmp_path / "twin", family=Family.load(sure).id)
@@ -319,11 +317,11 @@ def test_a_bundle_that_cannot_be_served_is_refused_before_anything_starts(
         Server("edge", settings(sure, bundles=[str(sure), str(twin)]))
     with pytest.raises(BundleError, match="does not exist"):
         Server("edge", settings(sure, bundles=[str(tmp_path / "none")]))
-    with pytest.raises(FamilyMismatch, match="'device'.*begins at the input"):
+    with pytest.raises(FamilyMismatch, match=r"'device'.*begins at the input"):
         Server("edge", settings(sure, member="device"))
     with pytest.raises(FamilyMismatch, match="not 'huge'"):
         Server("edge", settings(sure, member="huge"))
-    with pytest.raises(SettingsError, match="nothing of .* is above"):
+    with pytest.raises(SettingsError, match=r"nothing of .* is above"):
         Server("cloud", settings(sure, upstream="127.0.0.1:9")).__enter__()
     two = Server("edge", settings(sure, bundles=[str(sure), str(bundle)]))
     assert len(two._models) == 2
@@ -340,9 +338,11 @@ def test_a_server_that_fails_to_start_leaves_no_broker(sure: Path) -> None:
         pids.append(broker.pid)
         return started
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SettingsError):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.broker.__class__, "__enter__", noticing)
-        server.__enter__()
+        with pytest.raises(SettingsError):
+            server.__enter__()
+    assert len(pids) == 1
     assert not any(alive(pid) for pid in pids)
 
 

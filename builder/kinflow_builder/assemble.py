@@ -67,9 +67,7 @@ def features_of(segment: Segment, batch: Array) -> Array:
     return np.concatenate([part.numpy() for part in parts])
 
 
-def _segment(
-    stage: Path, recipe: Recipe, segment: Segment, source: str, inputs: Array, log: BuildLog
-) -> spec.Segment:
+def _segment(stage: Path, recipe: Recipe, segment: Segment, source: str, inputs: Array, log: BuildLog) -> spec.Segment:
     example = np.ascontiguousarray(inputs[:EXAMPLES])
     with torch.no_grad():
         shapes = [list(output.shape[1:]) for output in segment(torch.from_numpy(example))]

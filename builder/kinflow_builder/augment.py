@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def augment(
-    images: torch.Tensor, shift: int, erase: int, blank: float, generator: torch.Generator
-) -> torch.Tensor:
+def augment(images: torch.Tensor, shift: int, erase: int, blank: float, generator: torch.Generator) -> torch.Tensor:
     """`images` float32 [n, channels, height, width]; what is moved in or erased has the value `blank`.
 
     The square of `erase` pixels is "cutout" (DeVries and Taylor, arXiv 1708.04552). Random numbers come from

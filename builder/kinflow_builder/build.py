@@ -55,9 +55,7 @@ def run(build: Build, *, fresh: bool) -> figures.Figures:
     with bundle.staged(build.out / "bundle") as stage:
         manifest = assemble(stage, recipe, trunk, training.images[:CODEC_IMAGES], held_out.images, log)
         family = bundle.write_manifest(stage, manifest)
-        exits = calibrated_exits(
-            family, recipe, held_out.images, held_out.labels, build.images.held_out.sha256(), log
-        )
+        exits = calibrated_exits(family, recipe, held_out.images, held_out.labels, build.images.held_out.sha256(), log)
         manifest = msgspec.structs.replace(manifest, exits=exits)
         family = bundle.write_manifest(stage, manifest)
         found = figures.measure_all(family, build.images.test, test.images, log)

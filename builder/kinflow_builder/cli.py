@@ -20,9 +20,7 @@ def build(
     folder: Annotated[Path, typer.Argument(help="Folder of a family, with its recipe.toml.")],
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder with the images; else where the recipe says, or a download.", show_default=False
-        ),
+        typer.Option(help="Folder with the images; else where the recipe says, or a download.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,

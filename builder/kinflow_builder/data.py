@@ -92,9 +92,7 @@ def cache_folder() -> Path:
     return Path(base) / "kinflow"
 
 
-def _pair(
-    data: Data, images: DataFile, labels: DataFile, directory: Path | None, cache: Path | None
-) -> LabelledImages:
+def _pair(data: Data, images: DataFile, labels: DataFile, directory: Path | None, cache: Path | None) -> LabelledImages:
     cache = cache or cache_folder()
     pixels = _read(data, images, 3, directory, cache)
     classes = _read(data, labels, 1, directory, cache)
@@ -145,9 +143,7 @@ def _download(data: Data, file: DataFile, cache: Path) -> Path:
         raise InputError(f"{address} has more than {MAX_DOWNLOAD_BYTES} bytes: {way_out}")
     found = hashlib.sha256(idx.content(raw, address)).hexdigest()
     if found != file.sha256:
-        raise InputError(
-            f"{address}: expected content with sha256 {file.sha256[:12]}…, found {found[:12]}…: {way_out}"
-        )
+        raise InputError(f"{address}: expected content with sha256 {file.sha256[:12]}…, found {found[:12]}…: {way_out}")
     cache.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=cache)
     try:

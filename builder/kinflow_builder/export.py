@@ -62,9 +62,7 @@ def torch_outputs(segment: nn.Module, example: Array) -> list[Array]:
 
 def largest_difference(expected: list[Array], found: list[Array]) -> float:
     """Over all outputs, relative to the larger of 1 and each output's spread."""
-    differences = [
-        float(np.abs(a - b).max() / max(1.0, float(a.std()))) for a, b in zip(expected, found, strict=True)
-    ]
+    differences = [float(np.abs(a - b).max() / max(1.0, float(a.std()))) for a, b in zip(expected, found, strict=True)]
     return max(differences)
 
 

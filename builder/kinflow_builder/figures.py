@@ -140,7 +140,7 @@ def _curve(family: Family, runs: list[TierRun], test: LabelledImages) -> list[Po
 def _jpeg_curve(family: Family, member: str, test: LabelledImages) -> list[Point]:
     points = []
     for quality in JPEG_QUALITIES:
-        files = [_encode(image, "JPEG", quality=quality) for image in test.images]
+        files = [encode(image, "JPEG", quality=quality) for image in test.images]
         seen = np.stack([np.asarray(Image.open(io.BytesIO(raw)), np.uint8) for raw in files])
         logits = measure.run_full_precision(family, member, preprocess(seen, family.preprocess))
         points.append(Point(float(np.mean([len(raw) for raw in files])), measure.top1(logits, test.labels)))
@@ -148,10 +148,11 @@ def _jpeg_curve(family: Family, member: str, test: LabelledImages) -> list[Point
 
 
 def _mean_size(images: Images, kind: str, **options: int) -> float:
-    return float(np.mean([len(_encode(image, kind, **options)) for image in images]))
+    return float(np.mean([len(encode(image, kind, **options)) for image in images]))
 
 
-def _encode(image: npt.NDArray[np.uint8], kind: str, **options: int) -> bytes:
+def encode(image: npt.NDArray[np.uint8], kind: str, **options: int) -> bytes:
+    """The bytes of an image file, as Pillow writes it."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, kind, **options)
     return out.getvalue()
@@ -175,6 +176,4 @@ def _latencies(family: Family, name: str, item: Array) -> dict[str, float]:
 
 
 def _has_tflite(family: Family, name: str) -> bool:
-    return all(
-        "tflite" in family.manifest.segments[part].graphs for part in family.manifest.members[name].segments
-    )
+    return all("tflite" in family.manifest.segments[part].graphs for part in family.manifest.members[name].segments)

@@ -1,0 +1,111 @@
+"""Every `kinflow bench` command runs and prints what it documents; nothing here asserts a clock."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from brokers import KINDS
+from kinflow import idx
+from kinflow.family import Family
+from kinflow.preprocess import Preprocessor
+from system_fixtures import FASHION, running, sample_images
+
+SPREAD = {"median", "min", "max", "runs"}
+
+
+def bench(*arguments: str, timeout_s: float = 120) -> dict[str, Any]:
+    with running("bench", *arguments, "--json") as run:
+        assert run.wait(timeout_s) == 0, run.err[-5:]
+        assert run.gone()
+        (line,) = run.out
+    figures: dict[str, Any] = json.loads(line)
+    assert {"processor", "cores", "python", "kinflow", "numpy", "onnxruntime"} <= set(figures["machine"])
+    return figures
+
+
+def test_local() -> None:
+    """Ratios for the family's device member and for a graph of about 10 ms, with both sides beside them."""
+    figures = bench("local", str(FASHION), "--rounds", "1")
+    assert figures["ratio"] == figures["device_member"]["ratio"] > 0
+    assert figures["ratio_10ms"] == figures["graph_10ms"]["ratio"] > 0
+    for side in ("device_member", "graph_10ms"):
+        for name in ("infer_ms", "bare_ms"):
+            assert set(figures[side][name]) == SPREAD
+            assert figures[side][name]["runs"] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offload(kind: str) -> None:
+    """The ratio by size in kB, through the broker that was asked for; payloads are as large as they are called."""
+    figures = bench("offload", "--rounds", "2", "--broker-kind", kind)
+    assert set(figures["ratio"]) == {"1", "16", "64"}
+    assert all(ratio > 0 for ratio in figures["ratio"].values())
+    for size, seen in figures["sizes"].items():
+        assert seen["broker"] == kind
+        assert 0.95 < seen["bytes_up"] / (1024 * int(size)) < 1.3
+        assert set(seen["offload_ms"]) == set(seen["echo_ms"]) == SPREAD
+        assert seen["offload_ms"]["runs"] == 2
+
+
+def test_throughput() -> None:
+    """Offloads and bare runs per second, with the settings they hold for."""
+    figures = bench("throughput", str(FASHION), "--rounds", "1", "--batch-size", "8")
+    assert figures["ratio"] == pytest.approx(figures["offloads_per_s"]["median"] / figures["bare_per_s"]["median"])
+    assert figures["offloads_per_s"]["median"] > 0
+    assert figures["batch_size"] == 8
+    assert str(figures["bare_best_batch"]) in figures["bare_per_s_by_batch"]
+
+
+def test_footprint() -> None:
+    """Disk, import time and memory of both sides, and the packages that make up the disk."""
+    figures = bench("footprint", str(FASHION), "--rounds", "1")
+    for side in ("kinflow", "bare"):
+        assert set(figures[side]) == {"disk_mb", "import_s", "rss_mb"}
+        assert all(value > 0 for value in figures[side].values())
+    assert set(figures["ratio"]) == {"disk_mb", "import_s", "rss_mb"}
+    assert {"kinflow", "numpy", "onnxruntime", "paho-mqtt", "zeroconf", "msgspec"} <= set(figures["packages_mb"])
+    assert not {"torch", "typer", "pillow"} & set(figures["packages_mb"])
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The committed family's folder with a recipe whose test images are the committed samples."""
+    shutil.copytree(FASHION / "bundle", tmp_path / "bundle")
+    recipe = (FASHION / "recipe.toml").read_text()
+    for kind, name in (("images", "images-idx3-ubyte.gz"), ("labels", "labels-idx1-ubyte.gz")):
+        content = gzip.decompress((FASHION / "samples" / name).read_bytes())
+        table = f'[data.test_{kind}]\nname = "{name}"\nsha256 = "{hashlib.sha256(content).hexdigest()}"\n'
+        recipe, found = re.subn(rf"\[data\.test_{kind}\]\n(?:\w.*\n)+", table, recipe)
+        assert found == 1
+    (tmp_path / "recipe.toml").write_text(recipe)
+    return tmp_path
+
+
+def test_accuracy(small: Path) -> None:
+    """Top-1 in percent of every member, coded and in full precision; the device's is what its graph gives here."""
+    figures = bench("accuracy", str(small), "--data", str(FASHION / "samples"))
+    assert figures["images"] == 1000
+    for name in ("device", "edge", "cloud", "edge_full_precision", "cloud_full_precision"):
+        assert 50 < figures[name] <= 100
+    family = Family.load(small / "bundle")
+    prepare = Preprocessor(family.preprocess)
+    logits = family.member("device").run(np.concatenate([prepare(image) for image in sample_images()])).logits
+    labels = idx.read(FASHION / "samples/labels-idx1-ubyte.gz", axes=1)
+    assert figures["device"] == pytest.approx(100 * (logits.argmax(axis=1) == labels).mean())
+
+
+def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
+    """Named, status 2."""
+    with running("bench", "local", str(tmp_path), "--json") as run:
+        assert run.wait(60) == 2
+        assert len(run.err) == 1
+        assert str(tmp_path) in run.err[0]

@@ -1,0 +1,201 @@
+"""Three machines on one LAN, each a network namespace: zeroconf and MQTT cross a real bridge."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from brokers import KINDS
+from kinflow.family import Family
+from system_fixtures import SAMPLES, copy_bundle, member_answer, running, sample_images
+
+IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
+
+
+def _why_not() -> str:
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if IP is None:
+        return "`ip` is not installed: apt install iproute2"
+    if "mosquitto" not in KINDS:
+        return "mosquitto is not installed: the embedded broker stays on loopback"
+    probe = f"kf{os.urandom(3).hex()}"
+    made = subprocess.run([IP, "netns", "add", probe], capture_output=True, text=True, check=False)
+    if made.returncode:
+        return f"no network namespaces here: {made.stderr.strip()}"
+    subprocess.run([IP, "netns", "del", probe], check=False)
+    return ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _possible() -> None:
+    if why_not := _why_not():
+        pytest.skip(why_not)
+
+
+pytestmark = pytest.mark.root
+
+
+def ip(*arguments: str) -> None:
+    assert IP is not None
+    subprocess.run([IP, *arguments], check=True, capture_output=True, timeout=20)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One namespace: its name, its address on the bridge, and what runs a command in it."""
+
+    name: str
+    address: str
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        assert IP is not None
+        return (IP, "netns", "exec", self.name)
+
+
+@pytest.fixture(scope="module")
+def lan() -> Iterator[list[Host]]:
+    """Device, edge and cloud on 10.77.x.0/24, with no route to anywhere else; gone afterwards."""
+    mark, net = os.urandom(3).hex(), f"10.77.{os.urandom(1)[0]}"
+    switch = f"kf{mark}-lan"
+    with ExitStack() as stack:
+
+        def namespace(name: str) -> None:
+            ip("netns", "add", name)
+            stack.callback(lambda: suppress_errors("netns", "del", name))
+            ip("-n", name, "link", "set", "lo", "up")
+
+        namespace(switch)
+        ip("-n", switch, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        ip("-n", switch, "link", "set", "br0", "up")
+        hosts = []
+        for number, role in enumerate(("device", "edge", "cloud"), start=1):
+            host = Host(f"kf{mark}-{role}", f"{net}.{number}")
+            namespace(host.name)
+            ip("link", "add", "eth0", "netns", host.name, "type", "veth", "peer", "name", f"v{number}", "netns", switch)
+            ip("-n", switch, "link", "set", f"v{number}", "master", "br0", "up")
+            ip("-n", host.name, "addr", "add", f"{host.address}/24", "brd", "+", "dev", "eth0")
+            ip("-n", host.name, "link", "set", "eth0", "up")
+            ip("-n", host.name, "route", "add", "224.0.0.0/4", "dev", "eth0")
+            hosts.append(host)
+        yield hosts
+
+
+def suppress_errors(*arguments: str) -> None:
+    with suppress(subprocess.SubprocessError):
+        ip(*arguments)
+
+
+def test_three_machines_on_a_bridge(lan: list[Host], tmp_path: Path) -> None:
+    """Nobody is told an address but the edge its cloud: the device finds its edge, and all answers are right."""
+    device, edge, cloud = lan
+    # A committed family keeps some answers at the edge and sends some on; the device never keeps any.
+    bundle = copy_bundle(tmp_path / "bundle", thresholds={"device": 1.0})
+    with ExitStack() as stack:
+        above = stack.enter_context(
+            running("cloud", str(bundle), "--listen", cloud.address, "--port", "1884", "--json", prefix=cloud.prefix)
+        )
+        assert above.ready()["broker"] == f"{cloud.address}:1884"
+        upstream = f"{cloud.address}:1884"
+        near = stack.enter_context(
+            running("edge", str(bundle), "--upstream", upstream, "--listen", edge.address, "--json", prefix=edge.prefix)
+        )
+        assert near.ready()["broker"] == f"{edge.address}:1883"
+        # Not before the edge server has found its upstream: what came earlier would be degraded.
+        with running("discover", "--json", "--timeout", "3", prefix=device.prefix) as found:
+            assert found.wait(60) == 0, found.err[-3:]
+            nodes = {node["address"]: node for node in json.loads("\n".join(found.out))}
+        assert set(nodes) == {f"{edge.address}:1883", upstream}
+        assert {node["state"] for node in nodes.values()} == {"ready"}
+        with running(
+            "run",
+            str(SAMPLES),
+            "--bundle",
+            str(bundle),
+            "--limit",
+            "60",
+            "--deadline",
+            "5",
+            "--wait",
+            "20",
+            "--json",
+            prefix=device.prefix,
+        ) as run:
+            assert run.wait(90) == 0, run.err[-5:]
+            answers = [json.loads(line) for line in run.out]
+    assert len(answers) == 60
+    assert [answer["reason"] for answer in answers if answer["degraded"]] == []
+    tiers = [answer["tier"] for answer in answers]
+    assert set(tiers) == {"edge", "cloud"}
+    family = Family.load(bundle)
+    for answer, image in zip(answers, sample_images(60), strict=True):
+        label, confidence = member_answer(family, answer["tier"], image)
+        assert answer["label"] == family.labels[label]
+        assert answer["confidence"] == pytest.approx(confidence, abs=1e-4)
+
+
+def test_a_server_that_binds_every_address_is_found(lan: list[Host], tmp_path: Path) -> None:
+    """`--listen 0.0.0.0` announces the LAN's address, not loopback's."""
+    device, edge, _ = lan
+    bundle = copy_bundle(tmp_path / "bundle", thresholds={"device": 1.0, "edge": 0.0})
+    with running("edge", str(bundle), "--listen", "0.0.0.0", "--port", "1885", "--json", prefix=edge.prefix) as near:
+        near.ready()
+        with running(
+            "run",
+            str(SAMPLES),
+            "--bundle",
+            str(bundle),
+            "--limit",
+            "5",
+            "--deadline",
+            "5",
+            "--wait",
+            "20",
+            "--json",
+            prefix=device.prefix,
+        ) as run:
+            assert run.wait(90) == 0, run.err[-5:]
+            assert {json.loads(line)["tier"] for line in run.out} == {"edge"}
+
+
+def test_the_lan_breaks_and_heals(lan: list[Host], tmp_path: Path) -> None:
+    """The cable is pulled: `kinflow run` goes on answering by itself, within each deadline, and says so."""
+    device, edge, _ = lan
+    bundle = copy_bundle(tmp_path / "bundle", thresholds={"device": 1.0, "edge": 0.0})
+    with running("edge", str(bundle), "--listen", edge.address, "--port", "1886", "--json", prefix=edge.prefix) as near:
+        near.ready()
+        with running(
+            "run",
+            str(SAMPLES),
+            str(SAMPLES),
+            str(SAMPLES),
+            "--bundle",
+            str(bundle),
+            "--deadline",
+            "0.2",
+            "--wait",
+            "20",
+            "--json",
+            "--limit",
+            "3000",
+            prefix=device.prefix,
+        ) as run:
+            run.line('"tier": "edge"', 60)
+            ip("-n", edge.name, "link", "set", "eth0", "down")
+            try:
+                run.line('"tier": "device"', 30)
+            finally:
+                ip("-n", edge.name, "link", "set", "eth0", "up")
+            answers = [json.loads(line) for line in list(run.out)]
+    local = [answer for answer in answers if answer["tier"] == "device"]
+    assert all(answer["degraded"] and answer["reason"] for answer in local)
+    assert max(answer["total_ms"] for answer in answers) < 200 + 500
