@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kinflow import idx
-from kinflow.family import MANIFEST, Family
+from kinflow.family import MANIFEST, Family, Member
 
 LOOPBACK = "127.0.0.1"
 FASHION = Path(__file__).resolve().parents[1] / "families/fashion"
@@ -67,7 +68,7 @@ def member_answer(
     batch = Preprocessor(family.preprocess)(image)
     for name in family.manifest.members:
         source = family.manifest.segments[family.manifest.members[name].segments[-1]].source
-        output = family.member(name, source=source).run(batch)
+        output = _member(family, name, source).run(batch)
         if name == member:
             reading = read(output.logits[0], family.manifest.exits[output.exit].temperature)
             return reading.label, reading.confidence
@@ -76,6 +77,24 @@ def member_answer(
         codec = family.codec(output.split, (codecs or {}).get(output.split, ""))
         batch = codec.decode(codec.encode(output.features[0]))[None]
     raise AssertionError(f"{member} is no member")
+
+
+def _member(family: Family, name: str, source: str) -> Member:
+    """Opened once for each bundle: opening costs more than running."""
+    key = (str(family.path), name, source)
+    if key not in _members:
+        _members[key] = family.member(name, source=source)
+    return _members[key]
+
+
+_members: dict[tuple[str, str, str], Member] = {}
+
+
+def halving_threshold(count: int) -> float:
+    """The edge exit's threshold that sends half of the first `count` committed images on to the cloud."""
+    family = Family.load(FASHION / "bundle")
+    confidences = sorted(member_answer(family, "edge", image)[1] for image in sample_images(count))
+    return (confidences[count // 2 - 1] + confidences[count // 2]) / 2
 
 
 # Processes
@@ -155,6 +174,8 @@ class Running:
 def running(*command: str, cwd: Path | None = None, prefix: tuple[str, ...] = ()) -> Iterator[Running]:
     """`kinflow COMMAND` as a process of its own; whatever of it is still there at the end is killed."""
     tag = os.urandom(8).hex()
+    # What a killed server leaves there goes with the test.
+    folder = tempfile.TemporaryDirectory(prefix="kinflow-test-", ignore_cleanup_errors=True)
     process = subprocess.Popen(
         [*prefix, sys.executable, "-m", "kinflow", *command],
         stdin=subprocess.DEVNULL,
@@ -162,7 +183,7 @@ def running(*command: str, cwd: Path | None = None, prefix: tuple[str, ...] = ()
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
-        env={**os.environ, TAG: tag, "COLUMNS": "200"},
+        env={**os.environ, TAG: tag, "TMPDIR": folder.name, "COLUMNS": "200"},
         # A shell that started the tests in the background lets them ignore Ctrl-C, and children inherit that.
         preexec_fn=_heed_ctrl_c,
     )
@@ -181,6 +202,7 @@ def running(*command: str, cwd: Path | None = None, prefix: tuple[str, ...] = ()
         run._finish_reading()
         process.stdout.close()
         process.stderr.close()
+        folder.cleanup()
 
 
 def _heed_ctrl_c() -> None:

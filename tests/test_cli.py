@@ -161,9 +161,7 @@ def test_run_answers_an_idx_file_with_accuracy(tmp_path: Path) -> None:
     idx.write(tmp_path / "some-labels-idx1-ubyte", labels)
     shown = cli("run", "--local", source).stdout.decode()
     assert "accuracy 87.50% of 8" in shown
-    limited = [
-        json.loads(line) for line in cli("run", "--local", "--json", "--limit", "2", source).stdout.splitlines()
-    ]
+    limited = [json.loads(line) for line in cli("run", "--local", "--json", "--limit", "2", source).stdout.splitlines()]
     assert [record["truth"] == record["label"] for record in limited] == [False, True]
 
 
@@ -284,9 +282,7 @@ def test_a_server_is_discovered_and_used(tmp_path: Path, picture: Path) -> None:
             assert (found["tier"], found["state"], found["address"]) == ("edge", "ready", ready["broker"])
             assert found["families"] == [[family.id, family.version]]
             assert found["queue_ms"] >= 0
-            done = cli(
-                "run", "--broker", ready["broker"], "--threshold", "1", "--deadline", "10", "--json", picture
-            )
+            done = cli("run", "--broker", ready["broker"], "--threshold", "1", "--deadline", "10", "--json", picture)
             record = json.loads(done.stdout)
             assert record["tier"] == "edge", record
             assert record["bytes_up"] > 0

@@ -30,6 +30,12 @@ LATE_MS = 500.0
 NOBODY = f"{LOOPBACK}:9"
 
 
+@pytest.fixture(autouse=True)
+def _litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is killed leaves its broker's folder: not in the machine's /tmp."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 def copied(factory: pytest.TempPathFactory, name: str, **thresholds: float) -> Path:
     return copy_bundle(factory.mktemp(name) / "bundle", thresholds=thresholds)
 

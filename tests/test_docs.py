@@ -95,11 +95,7 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [
-        pytest.param(words, id=f"{page}: {' '.join(words)}")
-        for page, words in shell_lines()
-        if "kinflow" in words[0]
-    ],
+    [pytest.param(words, id=f"{page}: {' '.join(words)}") for page, words in shell_lines() if "kinflow" in words[0]],
 )
 def test_kinflow_lines_parse(words: list[str]) -> None:
     """Each `kinflow` line of the documents names a command and flags that exist, with values that fit."""
@@ -269,9 +265,7 @@ def test_benchmarks_page_has_every_command() -> None:
     """docs/benchmarks.md has a section for each `kinflow bench` command."""
     from kinflow_bench.cli import app as bench
 
-    names = {
-        command.name or command.callback.__name__ for command in bench.registered_commands if command.callback
-    }
+    names = {command.name or command.callback.__name__ for command in bench.registered_commands if command.callback}
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^## (\w+)$", text, re.MULTILINE)) == names
 

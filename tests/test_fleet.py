@@ -18,6 +18,12 @@ from system_fixtures import LOOPBACK, TAG, alive, copy_bundle, tagged
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+@pytest.fixture(autouse=True)
+def _litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is killed leaves its broker's folder: not in the machine's /tmp."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family of three members that nobody else announces."""

@@ -50,9 +50,7 @@ assert importlib.util.find_spec("onnxruntime") is None
 
 
 def child(code: str, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

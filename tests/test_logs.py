@@ -31,9 +31,7 @@ def test_text_is_one_line_of_keys_and_values(capsys: pytest.CaptureFixture[str])
     line = capsys.readouterr().err
     when, rest = line.split(" ", 1)
     assert when.endswith("Z")
-    assert rest == (
-        'INFO kinflow.testing-logs answered id=01ff exit=edge ms=1.2346 why="a \\"b\\"\\nc" none=null\n'
-    )
+    assert rest == ('INFO kinflow.testing-logs answered id=01ff exit=edge ms=1.2346 why="a \\"b\\"\\nc" none=null\n')
 
 
 def test_json_is_one_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:

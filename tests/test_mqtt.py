@@ -90,9 +90,7 @@ def test_addresses(text: str, host: str, port: int) -> None:
     assert BrokerAddress.parse(str(address)) == address
 
 
-@pytest.mark.parametrize(
-    "text", ["", ":1883", "host:", "host:0", "host:70000", "host:x", "::1", "[::1", "mqtt://host"]
-)
+@pytest.mark.parametrize("text", ["", ":1883", "host:", "host:0", "host:70000", "host:x", "::1", "[::1", "mqtt://host"])
 def test_bad_addresses(text: str) -> None:
     """Anything else is a SettingsError that names what came and what is expected."""
     with pytest.raises(SettingsError, match="expected"):

@@ -111,9 +111,7 @@ def test_inbox_throws_away_what_is_too_long(pair: tuple[socket.socket, socket.so
     """A packet over the limit passes without being kept; the next one is read as if nothing had been."""
     left, right = pair
     inbox = Inbox(limit_bytes=64)
-    left.send(
-        packet.publish_header(b"t", 1000, retain=False) + bytes(1000) + packet.publish_header(b"u", 0, False)
-    )
+    left.send(packet.publish_header(b"t", 1000, retain=False) + bytes(1000) + packet.publish_header(b"u", 0, False))
     received = [inbox.receive(right) for _ in range(20)]
     assert [packet.split_publish(whole) for whole in received if whole] == [("u", b"")]
 

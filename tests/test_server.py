@@ -29,6 +29,12 @@ from system_fixtures import alive, copy_bundle, member_answer, sample_images, si
 IMAGES = sample_images(24)
 
 
+@pytest.fixture(autouse=True)
+def _litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is killed leaves its broker's folder: not in the machine's /tmp."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def unsure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family whose edge exit is never sure enough."""

@@ -42,7 +42,5 @@ def test_search_paths_are_those_of_the_page() -> None:
     positions = [PAGE.index(path) for path in wanted]
     assert positions == sorted(positions)
     looked_at = [str(path) for path in settings.search_paths("edge")]
-    expected = [
-        path.replace("<role>", "edge").replace("~", str(Path.home())).removeprefix("./") for path in wanted
-    ]
+    expected = [path.replace("<role>", "edge").replace("~", str(Path.home())).removeprefix("./") for path in wanted]
     assert looked_at == expected

@@ -15,13 +15,14 @@ import pytest
 import kinflow
 from brokers import KINDS, wait_until
 from kinflow.family import Family
-from system_fixtures import LOOPBACK, SAMPLES, copy_bundle, member_answer, running, sample_images
+from system_fixtures import LOOPBACK, SAMPLES, copy_bundle, halving_threshold, member_answer, running, sample_images
 
 
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The device never keeps an answer, the edge does as it was trained to."""
-    return copy_bundle(tmp_path_factory.mktemp("system") / "bundle", thresholds={"device": 1.0})
+    """The device never keeps an answer, the edge keeps half of the first 60."""
+    thresholds = {"device": 1.0, "edge": halving_threshold(60)}
+    return copy_bundle(tmp_path_factory.mktemp("system") / "bundle", thresholds=thresholds)
 
 
 def settings_file(path: Path, text: str) -> str:

@@ -47,9 +47,7 @@ class FakeNode:
     def __init__(self, address: BrokerAddress, family: Family, node: str, tier: Tier = "edge") -> None:
         served = Served(family.id, family.version, {"s1": ["q8", "q4"]})
         self.status = NodeStatus(node, tier, "ready", families=[served])
-        self.connection = Connection(
-            address, f"{tier}-{os.urandom(4).hex()}", on_message=lambda _topic, _data: None
-        )
+        self.connection = Connection(address, f"{tier}-{os.urandom(4).hex()}", on_message=lambda _topic, _data: None)
 
     def __enter__(self) -> FakeNode:
         self.connection.start()
@@ -103,8 +101,7 @@ def test_a_server_is_chosen_by_tier_then_queue_then_name(
     tiers: dict[str, Tier] = {"cloud-1": "cloud", "edge-b": "edge", "edge-a": "edge"}
     with ExitStack() as stack:
         nodes = {
-            name: stack.enter_context(FakeNode(broker.address, own_family, name, tier))
-            for name, tier in tiers.items()
+            name: stack.enter_context(FakeNode(broker.address, own_family, name, tier)) for name, tier in tiers.items()
         }
         nodes["edge-a"].say(queue_ms=30.0)
         nodes["edge-b"].say(queue_ms=30.0)
@@ -131,9 +128,7 @@ def test_a_route_says_all_that_the_policy_needs(broker: TestBroker, own_family: 
     assert route.estimate.round_trip_s == FIRST_ROUND_TRIP_S
 
 
-def test_the_estimate_is_the_links_own_after_a_reply(
-    broker: TestBroker, own_family: Family, uplink: Uplink
-) -> None:
+def test_the_estimate_is_the_links_own_after_a_reply(broker: TestBroker, own_family: Family, uplink: Uplink) -> None:
     """A request along the route reaches the server as one of this family, and its reply sets the round trip."""
     seen: list[Request] = []
 

@@ -137,5 +137,10 @@ class Recipe(_Strict, frozen=True):
             raise SettingsError(f"{path}: {exc}") from exc
 
     def digest(self) -> str:
-        """What a checkpoint is bound to: another recipe must not resume it."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+        """What a checkpoint is bound to: training of another kind must not resume it.
+
+        Exits and texts are not part of it: certificates can be made anew without training again.
+        """
+        budgets = {split: coding.bytes_target for split, coding in self.coding.items()}
+        trained = (self.data, self.preprocess, self.network, self.training, budgets)
+        return hashlib.sha256(msgspec.json.encode(trained, order="deterministic")).hexdigest()

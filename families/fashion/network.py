@@ -74,9 +74,7 @@ def make(s1: int, s2: int, cloud_width: int, cloud_blocks: int) -> Trunk:
             ),
             Segment(
                 "cloud",
-                nn.Sequential(
-                    conv(s2, cloud_width, kernel=1), *(Residual(cloud_width) for _ in range(cloud_blocks))
-                ),
+                nn.Sequential(conv(s2, cloud_width, kernel=1), *(Residual(cloud_width) for _ in range(cloud_blocks))),
                 exit="cloud",
                 branch=Head(cloud_width),
             ),

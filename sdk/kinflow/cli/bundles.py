@@ -19,5 +19,5 @@ def choose_bundle(bundle: Path | None, family: str | None) -> Path:
         return bundle
     path = FAMILIES / (family or DEFAULT_FAMILY) / "bundle"
     if not path.exists():
-        raise SettingsError(f"there is no bundle at {path}: name one")
+        raise SettingsError(f"there is no bundle at {path}: name one with --bundle, or as a server's argument")
     return path
