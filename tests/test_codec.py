@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kinflow import manifest
-from kinflow.codec import BLOCK_SYMBOLS, TABLE_BITS, UniformRansCodec, table_from_counts
+from kinflow.codec import BLOCK_SYMBOLS, TABLE_BITS, UniformCodec, table_from_counts
 from kinflow.errors import CodecError
 
 TOTAL = 1 << TABLE_BITS
@@ -32,12 +33,12 @@ def table(counts: npt.NDArray[np.int64]) -> bytes:
     return table_from_counts(counts).astype("<u2").tobytes()
 
 
-def make(shape: Shape, bits: Literal[4, 8] = 8, counts: npt.NDArray[np.int64] | None = None) -> UniformRansCodec:
+def make(shape: Shape, bits: Literal[4, 8] = 8, counts: npt.NDArray[np.int64] | None = None) -> UniformCodec:
     """Step 1/4, the zero in the middle, a flat table unless `counts` are given."""
     if counts is None:
         counts = np.ones((shape[0], 256), np.int64)
     data = table(counts)
-    return UniformRansCodec.from_spec(
+    return UniformCodec.from_spec(
         "test", shape, spec(bits, [0.25] * shape[0], [1 << (bits - 1)] * shape[0], data), data
     )
 
@@ -50,7 +51,7 @@ def bell(channels: int, width: float) -> npt.NDArray[np.int64]:
 
 
 @st.composite
-def codecs(draw: Callable[[Any], Any]) -> UniformRansCodec:
+def codecs(draw: Callable[[Any], Any]) -> UniformCodec:
     """Any small shape, odd planes among them, either width, tables from flat to one symbol alone."""
     shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 13), st.integers(1, 13)))
     bits = draw(st.sampled_from([4, 8]))
@@ -63,11 +64,11 @@ def codecs(draw: Callable[[Any], Any]) -> UniformRansCodec:
     data = table(counts)
     step = rng.uniform(0.01, 3, shape[0]).tolist()
     zero = rng.integers(0, 1 << bits, shape[0]).tolist()
-    return UniformRansCodec.from_spec("test", shape, spec(bits, step, zero, data), data)
+    return UniformCodec.from_spec("test", shape, spec(bits, step, zero, data), data)
 
 
 @given(codecs(), st.data())
-def test_decoded_features_are_the_quantised_ones(codec: UniformRansCodec, data: st.DataObject) -> None:
+def test_decoded_features_are_the_quantised_ones(codec: UniformCodec, data: st.DataObject) -> None:
     """decode(encode(x)) is dequantise(quantise(x)) to the last bit, whatever shape, width and table."""
     values = st.floats(-1e6, 1e6, width=32)
     features = data.draw(hnp.arrays(np.float32, codec.shape, elements=values))
@@ -78,7 +79,7 @@ def test_decoded_features_are_the_quantised_ones(codec: UniformRansCodec, data: 
 
 
 @given(codecs(), st.integers(0, 2**32 - 1))
-def test_every_level_survives(codec: UniformRansCodec, seed: int) -> None:
+def test_every_level_survives(codec: UniformCodec, seed: int) -> None:
     """Levels, also those that the table thinks impossible, come back as they were."""
     levels = np.random.default_rng(seed).integers(0, 1 << codec.bits, codec.shape).astype(np.uint8)
     features = codec.dequantise(levels)
@@ -253,7 +254,7 @@ HOLE[1, :2] = (0, 128)
 def test_a_spec_that_does_not_fit_is_refused(step: list[float], zero: list[int], data: bytes, said: str) -> None:
     """Numbers of another count, tables that cannot be coded with and steps that float32 cannot hold."""
     with pytest.raises(CodecError, match=said):
-        UniformRansCodec.from_spec("test", (2, 3, 3), spec(8, step, zero, data), data)
+        UniformCodec.from_spec("test", (2, 3, 3), spec(8, step, zero, data), data)
 
 
 @given(hnp.arrays(np.int64, st.tuples(st.integers(1, 3), st.just(256)), elements=st.integers(0, 2**31)))
@@ -265,3 +266,25 @@ def test_tables_from_counts_are_positive_and_sum_up(counts: npt.NDArray[np.int64
     assert (frequencies.sum(axis=1, dtype=np.int64) == TOTAL).all()
     for row, freq in zip(counts, frequencies.astype(np.int64), strict=True):
         assert (np.diff(freq[np.argsort(row, kind="stable")]) >= 0).all() or row.max() == np.sort(row)[-2]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plain_levels_travel_as_they_are(bits: Literal[4, 8]) -> None:
+    """Kind `uniform`: no table, one byte for one 8-bit or two 4-bit levels, and the quantised features back."""
+    plain = manifest.Codec("uniform", bits, [0.5, 0.25], [7, 8], None, 1.0)
+    codec = UniformCodec.from_spec("plain", (2, 3, 3), plain, None)
+    features = np.random.default_rng(3).normal(0, 1, (2, 3, 3)).astype(np.float32)
+    data = codec.encode(features)
+    assert len(data) == codec.symbols_per_item
+    np.testing.assert_array_equal(codec.decode(data), codec.dequantise(codec.quantise(features)))
+    with pytest.raises(CodecError, match="takes"):
+        codec.decode(data + b"\0")
+
+
+def test_a_table_belongs_to_range_coding_alone() -> None:
+    """A kind without its table, or with one too many, is refused."""
+    plain = manifest.Codec("uniform", 8, [1.0], [0], None, 1.0)
+    with pytest.raises(CodecError, match="uniform-rans has a table"):
+        UniformCodec.from_spec("plain", (1, 2, 2), plain, bytes(512))
+    with pytest.raises(CodecError, match="uniform-rans has a table"):
+        UniformCodec.from_spec("coded", (1, 2, 2), msgspec.structs.replace(plain, kind="uniform-rans"), None)

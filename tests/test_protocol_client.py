@@ -16,7 +16,7 @@ import paho.mqtt.client as mqtt
 import pytest
 
 from kinflow import frame, messages
-from kinflow.codec import UniformRansCodec
+from kinflow.codec import UniformCodec
 from kinflow.discovery import TTL_S
 from kinflow.family import Family
 from kinflow.fleet import Fleet, ServerProcess
@@ -102,7 +102,7 @@ def test_worked_example_is_what_the_page_and_the_library_code(page: dict[str, An
     table = frequencies.tobytes()
     assert page["encode"](features, spec, table) == expected
     assert page["decode"](expected, spec, table, features.shape).tolist() == decoded
-    library = UniformRansCodec(
+    library = UniformCodec(
         "example",
         (2, 1, 3),
         4,

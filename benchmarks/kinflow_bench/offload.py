@@ -28,7 +28,7 @@ def run(rounds: int, broker_kind: str) -> dict[str, Any]:
     for kilobytes, side in SIDES.items():
         with tempfile.TemporaryDirectory() as folder:
             sizes[str(kilobytes)] = _measure(
-                synthetic.write(Path(folder), synthetic.Shape(side)), side, rounds, broker_kind
+                synthetic.write(Path(folder), synthetic.Shape(side, coded=False)), side, rounds, broker_kind
             )
     return {
         "ratio": {size: figures["ratio"] for size, figures in sizes.items()},

@@ -32,17 +32,20 @@ class Shape:
     channels: int = 1
     layers: int = 0
     width: int = 32
+    coded: bool = True
+    """False: the features travel as plain levels, which costs next to no time."""
 
 
 def write(folder: Path, shape: Shape) -> Path:
     """Write the bundle into `folder` and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = np.ones((shape.channels, 256), np.int64)
-    table = _write(folder, "s1.q8.tab", table_from_counts(counts).astype("<u2").tobytes())
+    flat = table_from_counts(counts).astype("<u2").tobytes()
+    table = _write(folder, "s1.q8.tab", flat) if shape.coded else None
     features = [shape.channels, shape.side, shape.side]
     image = [1, shape.side, shape.side]
     codec = manifest.Codec(
-        kind="uniform-rans",
+        kind="uniform-rans" if shape.coded else "uniform",
         bits=8,
         step=[1 / 255] * shape.channels,
         zero=[0] * shape.channels,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kinflow import manifest as spec
-from kinflow.codec import UniformRansCodec
+from kinflow.codec import UniformCodec
 from kinflow.family import INPUT
 from kinflow_builder import bundle, codecs
 from kinflow_builder.cost import cost
@@ -91,7 +91,7 @@ def _segment(stage: Path, recipe: Recipe, segment: Segment, source: str, inputs:
 
 def _fit(
     stage: Path, segment: Segment, coding: Coding, fitting: Array, measured: Array, log: BuildLog
-) -> tuple[spec.Split, UniformRansCodec]:
+) -> tuple[spec.Split, UniformCodec]:
     """Both codecs of a split, and the one that is used when none is named."""
     assert segment.split is not None  # Segment: they come together
     assert segment.bottleneck is not None
@@ -100,6 +100,7 @@ def _fit(
     widths: tuple[Literal[4, 8], ...] = (4, 8)
     for bits in widths:
         fitted = codecs.fit(segment.split, fitting, measured, segment.bottleneck.step, BITS, bits)
+        assert fitted.spec.table is not None  # fit makes range coders
         (stage / fitted.spec.table.path).write_bytes(fitted.table)
         specs[fitted.codec.name] = fitted.spec
         made[bits] = fitted.codec

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kinflow.codec import SYMBOLS, UniformRansCodec, table_from_counts
+from kinflow.codec import SYMBOLS, UniformCodec, table_from_counts
 from kinflow.manifest import Codec, File
 
 Array = npt.NDArray[np.float32]
@@ -21,7 +21,7 @@ class FittedCodec:
 
     spec: Codec
     table: bytes
-    codec: UniformRansCodec
+    codec: UniformCodec
 
 
 def fit(
@@ -38,10 +38,10 @@ def fit(
     steps = [step / (1 << (bits - trained_bits))] * channels
     zeros = [1 << (bits - 1)] * channels
 
-    def codec(table: bytes, bytes_mean: float) -> tuple[Codec, UniformRansCodec]:
+    def codec(table: bytes, bytes_mean: float) -> tuple[Codec, UniformCodec]:
         file = File(f"{name}.table", hashlib.sha256(table).hexdigest(), len(table))
         spec = Codec("uniform-rans", bits, steps, zeros, file, bytes_mean)
-        return spec, UniformRansCodec.from_spec(name, shape, spec, table)
+        return spec, UniformCodec.from_spec(name, shape, spec, table)
 
     # Any valid table will do for quantising; the right one comes from the levels that this gives.
     _, draft = codec(_as_bytes(table_from_counts(np.ones((channels, SYMBOLS), np.int64))), 1.0)

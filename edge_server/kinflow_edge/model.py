@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kinflow.codec import UniformRansCodec
+from kinflow.codec import UniformCodec
 from kinflow.errors import FamilyMismatch
 from kinflow.family import INPUT, Family, Member
 from kinflow.manifest import Exit
@@ -20,7 +20,7 @@ class Entry:
 
     split: str
     member: Member
-    codecs: dict[str, UniformRansCodec]
+    codecs: dict[str, UniformCodec]
     shape: tuple[int, ...]
 
 
@@ -66,7 +66,7 @@ class ServedFamily:
         splits = {split: list(entry.codecs) for split, entry in self.entries.items()}
         return Served(self.family.id, self.family.version, splits)
 
-    def entry(self, request: Request) -> tuple[Entry, UniformRansCodec]:
+    def entry(self, request: Request) -> tuple[Entry, UniformCodec]:
         """Raises FamilyMismatch that names what differs."""
         if request.version != self.family.version:
             raise FamilyMismatch(

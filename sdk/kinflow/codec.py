@@ -1,5 +1,8 @@
 """Features <-> bytes: a uniform quantiser per channel, then range coding with tables that the bundle ships.
 
+Kind `uniform-rans` does both. Kind `uniform` sends the levels as they are: for large features on a fast link,
+where coding would take longer than sending.
+
 A value becomes a level, `clip(round(x / step) + zero)`, of 8 or 4 bits; two neighbouring 4-bit levels make one
 byte, so that their correlation is coded too. The bytes of a channel are coded by rANS (Duda, arXiv 1311.2540)
 with that channel's fixed table. The coder's state is one Python integer per block, never renormalised: no
@@ -32,11 +35,12 @@ Features = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class UniformRansCodec:
+class UniformCodec:
     """Codes features of `shape` [channels, height, width].
 
     `step` and `zero` have one entry per channel, `frequencies` is uint16 [channels, 256], each row
-    summing to 2**14. Made by `UniformRansCodec.from_spec`, which checks all of it.
+    summing to 2**14; with no rows the levels are sent as they are. Made by `UniformCodec.from_spec`, which
+    checks all of it.
     """
 
     name: str
@@ -47,18 +51,16 @@ class UniformRansCodec:
     frequencies: npt.NDArray[np.uint16]
 
     @classmethod
-    def from_spec(cls, name: str, shape: tuple[int, int, int], spec: CodecSpec, table: bytes) -> UniformRansCodec:
+    def from_spec(cls, name: str, shape: tuple[int, int, int], spec: CodecSpec, table: bytes | None) -> UniformCodec:
         """Raises CodecError when the table and the numbers do not fit the split's shape."""
         channels = shape[0]
         if len(spec.step) != channels or len(spec.zero) != channels:
             raise CodecError(
                 f"codec {name!r}: step and zero need {channels} entries, have {len(spec.step)} and {len(spec.zero)}"
             )
-        if len(table) != channels * SYMBOLS * 2:
-            raise CodecError(f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}")
-        frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
-        if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
-            raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")
+        if (table is not None) != (spec.kind == "uniform-rans"):
+            raise CodecError(f"codec {name!r}: kind uniform-rans has a table, kind uniform has none")
+        frequencies = np.empty((0, SYMBOLS), np.uint16) if table is None else _frequencies(name, channels, table)
         with np.errstate(over="ignore"):
             step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
         if not (np.isfinite(step).all() and (step > 0).all()):
@@ -82,8 +84,10 @@ class UniformRansCodec:
             raise CodecError(f"codec {self.name!r} takes features of {self.shape}, got {features.shape}")
         if not np.isfinite(features).all():
             raise CodecError(f"codec {self.name!r}: the features hold NaN or infinity")
-        symbols = self._to_symbols(self.quantise(features)).astype(np.intp)
-        index = self._row_starts + symbols
+        symbols = self._to_symbols(self.quantise(features))
+        if not len(self.frequencies):
+            return symbols.tobytes()
+        index = self._row_starts + symbols.astype(np.intp)
         return _encode_blocks(
             self.frequencies.ravel()[index].tolist(),
             self._cumulative.ravel()[index].tolist(),
@@ -91,6 +95,10 @@ class UniformRansCodec:
 
     def decode(self, data: bytes) -> Features:
         """Features of one item, float32. Raises CodecError when `data` is not what `encode` made."""
+        if not len(self.frequencies):
+            if len(data) != self.symbols_per_item:
+                raise CodecError(f"codec {self.name!r} takes {self.symbols_per_item} bytes, got {len(data)}")
+            return self.dequantise(self._to_levels(np.frombuffer(data, np.uint8)))
         symbols = _decode_blocks(data, self._rows, self._lookup)
         return self.dequantise(self._to_levels(np.asarray(symbols, np.uint8)))
 
@@ -147,6 +155,15 @@ class _Row(NamedTuple):
     """The symbol of each of the 2**14 slots."""
     frequencies: list[int]
     starts: list[int]
+
+
+def _frequencies(name: str, channels: int, table: bytes) -> npt.NDArray[np.uint16]:
+    if len(table) != channels * SYMBOLS * 2:
+        raise CodecError(f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}")
+    frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
+    if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
+        raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")
+    return frequencies
 
 
 def table_from_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:

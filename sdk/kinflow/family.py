@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kinflow import backends
-from kinflow.codec import UniformRansCodec
+from kinflow.codec import UniformCodec
 from kinflow.errors import BundleError, CodecError, FamilyMismatch
 from kinflow.manifest import BackendName, File, Manifest, Preprocess
 
@@ -39,7 +39,7 @@ class Family:
     manifest: Manifest
     files: dict[str, bytes]
     """Verified contents by path."""
-    codecs: dict[tuple[str, str], UniformRansCodec]
+    codecs: dict[tuple[str, str], UniformCodec]
     """By split and name."""
 
     @classmethod
@@ -75,7 +75,7 @@ class Family:
     def preprocess(self) -> Preprocess:
         return self.manifest.preprocess
 
-    def codec(self, split: str, name: str = "") -> UniformRansCodec:
+    def codec(self, split: str, name: str = "") -> UniformCodec:
         """The codec called `name` at `split`, the split's default one without a name. Raises FamilyMismatch."""
         spec = self.manifest.splits.get(split)
         if spec is None:
@@ -229,14 +229,14 @@ def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -
     return data
 
 
-def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dict[tuple[str, str], UniformRansCodec]:
+def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dict[tuple[str, str], UniformCodec]:
     codecs = {}
     for split, spec in manifest.splits.items():
         channels, height, width = spec.shape
         for name, codec in spec.codecs.items():
             try:
-                codecs[split, name] = UniformRansCodec.from_spec(
-                    name, (channels, height, width), codec, files[codec.table.path]
+                codecs[split, name] = UniformCodec.from_spec(
+                    name, (channels, height, width), codec, files[codec.table.path] if codec.table else None
                 )
             except CodecError as exc:
                 raise BundleError(f"{root}: {exc}") from exc

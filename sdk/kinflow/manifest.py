@@ -62,14 +62,14 @@ class Segment(_Strict, frozen=True):
 class Codec(_Strict, frozen=True):
     """Features <-> bytes at one split (codec.py). `kind` decides what the other fields mean."""
 
-    kind: Literal["uniform-rans"]
+    kind: Literal["uniform", "uniform-rans"]
     bits: Literal[4, 8]
     step: Annotated[list[PositiveFloat], msgspec.Meta(min_length=1)]
     """Quantisation step per channel."""
     zero: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=255)]], msgspec.Meta(min_length=1)]
     """The level that stands for 0.0, per channel."""
-    table: File
-    """uint16 little-endian frequencies [channels, 256]; each row sums to 2**14."""
+    table: File | None
+    """For `uniform-rans`: uint16 little-endian frequencies [channels, 256]; each row sums to 2**14."""
     bytes_mean: Annotated[float, msgspec.Meta(gt=0)]
     """Mean coded size on the calibration images."""
 
@@ -146,5 +146,5 @@ class Manifest(_Strict, frozen=True):
     def files(self) -> list[File]:
         """Every file that the manifest names."""
         graphs = [graph.file for segment in self.segments.values() for graph in segment.graphs.values()]
-        tables = [codec.table for split in self.splits.values() for codec in split.codecs.values()]
-        return graphs + tables
+        codecs = [codec for split in self.splits.values() for codec in split.codecs.values()]
+        return graphs + [codec.table for codec in codecs if codec.table is not None]

@@ -93,7 +93,7 @@ def _split(manifest: Manifest, name: str) -> dict[str, Any]:
             "kind": spec.kind,
             "bits": spec.bits,
             "bytes_mean": spec.bytes_mean,
-            "table_bytes": spec.table.bytes,
+            "table_bytes": spec.table.bytes if spec.table else 0,
         }
         for codec, spec in split.codecs.items()
     }
