@@ -34,16 +34,19 @@ def assemble(
     """
     segments: dict[str, spec.Segment] = {}
     splits: dict[str, spec.Split] = {}
-    source = INPUT
+    seen = {INPUT: (fitting, measured)}
     for segment in trunk.segments:
-        segments[segment.name] = _segment(stage, recipe, segment, source, fitting, log)
+        source = segment.source or INPUT
+        segments[segment.name] = _segment(stage, recipe, segment, source, seen[source][0], log)
         if segment.split is not None:
-            fitting, measured = features_of(segment, fitting), features_of(segment, measured)
+            fitting, measured = (features_of(segment, part) for part in seen[source])
             fitted = _fit(stage, segment, recipe.coding[segment.split], fitting, measured, log)
             splits[segment.split], default = fitted
-            # The next segment sees what the codec gives back, here as in service.
-            fitting, measured = (default.dequantise(default.quantise(part)) for part in (fitting, measured))
-            source = segment.split
+            # A segment that begins here sees what the codec gives back, as in service.
+            seen[segment.split] = (
+                default.dequantise(default.quantise(fitting)),
+                default.dequantise(default.quantise(measured)),
+            )
     return spec.Manifest(
         schema=1,
         id=recipe.id,

@@ -1,8 +1,13 @@
-"""The shape every network of a recipe has: ordered segments that end at a split, carry an exit, or both."""
+"""The shape every network of a recipe has: ordered segments that end at a split, carry an exit, or both.
+
+However a family's members are aligned (a shared trunk with branches, stitching, nested low rank), what comes out
+is a Trunk: the first segment takes the input, each later one the features of a split before it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +20,17 @@ from kinflow_builder.recipe import Network
 
 
 class Segment(nn.Module):  # type: ignore[misc]
-    """Consecutive layers; `split` and `bottleneck` come together, and so do `exit` and `branch`."""
+    """Consecutive layers; `split` and `bottleneck` come together, and so do `exit` and `branch`.
+
+    `source`: the split whose features it takes; without it, the one at which the segment before ends.
+    """
 
     def __init__(
         self,
         name: str,
         layers: nn.Module,
         *,
+        source: str | None = None,
         split: str | None = None,
         bottleneck: Bottleneck | None = None,
         exit: str | None = None,
@@ -33,6 +42,7 @@ class Segment(nn.Module):  # type: ignore[misc]
         if split is None and exit is None:
             raise ValueError(f"segment {name!r} ends nowhere: give it a split, an exit, or both")
         self.name = name
+        self.source = source
         self.split = split
         self.exit = exit
         self.layers = layers
@@ -59,14 +69,19 @@ class Pass:
 
 
 class Trunk(nn.Module):  # type: ignore[misc]
-    """All segments, in order: each takes the quantised features of the one before."""
+    """All segments: the first takes the input, each later one the quantised features of a split before it."""
 
     def __init__(self, segments: list[Segment]) -> None:
         super().__init__()
         self.segments = nn.ModuleList(segments)
-        for segment in segments[:-1]:
-            if segment.split is None:
-                raise ValueError(f"segment {segment.name!r} is not the last one and needs a split")
+        known: set[str | None] = {None}
+        for before, segment in itertools.pairwise(segments):
+            known.add(before.split)
+            segment.source = segment.source or before.split
+            if segment.source is None or segment.source not in known:
+                raise ValueError(
+                    f"segment {segment.name!r} begins at {segment.source!r}, no segment before it ends there"
+                )
         if segments[-1].split is not None or segments[-1].exit is None:
             raise ValueError(f"the last segment, {segments[-1].name!r}, needs an exit and no split")
 
@@ -74,15 +89,17 @@ class Trunk(nn.Module):  # type: ignore[misc]
         """`unquantised`: bool [n], the items whose features pass every split as they are."""
         logits: dict[str, torch.Tensor] = {}
         features: dict[str, torch.Tensor] = {}
+        sources = {None: x}
         for segment in self.segments:
-            outputs = dict(zip(segment.output_names, segment(x), strict=True))
+            outputs = dict(zip(segment.output_names, segment(sources[segment.source]), strict=True))
             if segment.exit is not None:
                 logits[segment.exit] = outputs["logits"]
             if segment.split is not None:
                 kept = features[segment.split] = outputs["features"]
-                x = segment.bottleneck.quantise(kept)
+                passed = segment.bottleneck.quantise(kept)
                 if unquantised is not None:
-                    x = torch.where(unquantised.view(-1, 1, 1, 1), kept.float(), x)
+                    passed = torch.where(unquantised.view(-1, 1, 1, 1), kept.float(), passed)
+                sources[segment.split] = passed
         return Pass(logits, features)
 
     @property

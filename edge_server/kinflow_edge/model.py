@@ -32,7 +32,10 @@ class ServedFamily:
     entries: dict[str, Entry]
     exit: Exit
     next_split: str | None
-    """Where the member's own features may go further up; None at the largest member."""
+    """Where features may go further up: the split at which the member ends or, where a larger member continues
+    from the one it began at, that one; None at the largest member."""
+    forwards: bool
+    """What goes further up is what came, still coded: the member has no features of its own to send."""
 
     @classmethod
     def open(cls, family: Family, member: str, threads: int) -> ServedFamily:
@@ -49,7 +52,10 @@ class ServedFamily:
             codecs = {name: family.codec(split, name) for name in family.manifest.splits[split].codecs}
             shape = tuple(family.manifest.splits[split].shape)
             entries[split] = Entry(split, family.member(member, source=split, threads=threads), codecs, shape)
-        return cls(family, entries, family.manifest.exits[str(segments[-1].exit)], segments[-1].split)
+        last = segments[-1]
+        forwards = last.split is None and last.source in family.sources_above(member)
+        next_split = last.source if forwards else last.split
+        return cls(family, entries, family.manifest.exits[str(last.exit)], next_split, forwards)
 
     def warm_up(self) -> float:
         """Run every entry twice on zeros; the seconds that one item took last. The first run allocates."""

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class Job:
     model: ServedFamily
     entry: Entry
     features: Features
+    payload: bytes
+    """The features as they came, where they may be forwarded; else empty."""
     arrived_s: float
     admitted_s: float
     """When the features were decoded and the job was put into the queue."""
@@ -146,7 +148,8 @@ class Worker:
             self._refuse_busy(request, queue_s)
             return
         features = codec.decode(payload)
-        job = Job(request, model, entry, features, arrived_s, time.monotonic(), arrived_s + budget_s)
+        kept = payload if model.forwards else b""
+        job = Job(request, model, entry, features, kept, arrived_s, time.monotonic(), arrived_s + budget_s)
         if not self._batcher.put(job):
             self._refuse_busy(request, queue_s)
 
@@ -205,21 +208,25 @@ class Worker:
     def _settle(self, mine: _Mine, features: Features | None) -> None:
         """Answer with this exit, or send the features further up."""
         model = mine.job.model
-        if model.next_split is None or features is None:
+        if model.next_split is None:
             self._reply(mine, Keep("last exit", degraded=False))
             return
         uplink = self._uplinks.get(model.family.id)
         sure = mine.reading.confidence >= model.exit.threshold
-        route = NOTHING_ABOVE if uplink is None or sure else uplink.route()
+        stuck = model.forwards and mine.job.request.split != model.next_split
+        route = NOTHING_ABOVE if uplink is None or sure or stuck else uplink.route()
         decision = decide(mine.reading.confidence, model.exit.threshold, route, mine.job.due_s - time.monotonic())
         if isinstance(decision, Offload) and uplink is not None:
             self._escalate(mine, uplink, decision.route, features)
         elif isinstance(decision, Keep):
             self._reply(mine, decision)
 
-    def _escalate(self, mine: _Mine, uplink: Uplink, route: Route, features: Features) -> None:
+    def _escalate(self, mine: _Mine, uplink: Uplink, route: Route, features: Features | None) -> None:
         job = mine.job
-        payload = job.model.family.codec(route.split, route.codec).encode(features)
+        if features is None:
+            route, payload = replace(route, codec=job.request.codec), job.payload
+        else:
+            payload = job.model.family.codec(route.split, route.codec).encode(features)
         try:
             future = uplink.request(route, job.request.id, payload, job.due_s - time.monotonic())
         except LinkError as exc:

@@ -101,6 +101,12 @@ class Family:
             opened.append(self._open_segment(segment, backend, threads))
         return Member(name, source, tuple(opened))
 
+    def sources_above(self, member: str) -> set[str]:
+        """Where the segments of the larger members begin. The manifest lists members smallest first."""
+        names = list(self.manifest.members)
+        larger = [self.manifest.members[name] for name in names[names.index(member) + 1 :]]
+        return {self.manifest.segments[segment].source for spec in larger for segment in spec.segments}
+
     def _open_segment(self, name: str, backend: BackendName, threads: int) -> Segment:
         spec = self.manifest.segments[name]
         graph = spec.graphs.get(backend)
