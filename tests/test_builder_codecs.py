@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -17,22 +19,22 @@ def features(shape: tuple[int, int, int], seed: int) -> codecs.Array:
 
 @pytest.mark.parametrize("shape", [(4, 14, 14), (3, 7, 7)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_round_trip(shape: tuple[int, int, int], bits: int) -> None:
-    """What comes back is the quantised features, for even and odd planes; finer with 8 bits."""
-    fitted = codecs.fit("s1", features(shape, 0), features(shape, 1), 1.5, 4, bits)  # type: ignore[arg-type]
+@pytest.mark.parametrize("context", ["channel", "position"])
+def test_round_trip(shape: tuple[int, int, int], bits: Literal[4, 8], context: codecs.Context) -> None:
+    """What comes back is the quantised features, for even and odd planes, either width and context."""
+    fitted = codecs.fit("s1-q", features(shape, 0), features(shape, 1), 1.5, bits, context)
     for item in features(shape, 2)[:20]:
         back = fitted.codec.decode(fitted.codec.encode(item))
         np.testing.assert_array_equal(back, fitted.codec.dequantise(fitted.codec.quantise(item)))
         inside = np.abs(item) < 10
-        assert np.abs(back - item)[inside].max() <= fitted.spec.step[0] / 2 + 1e-6
-    assert fitted.spec.step[0] == 1.5 / (1 << (bits - 4))
-    assert fitted.codec.name == f"s1-q{bits}"
+        assert np.abs(back - item)[inside].max() <= 1.5 / 2 + 1e-6
+    assert (fitted.codec.name, fitted.spec.context) == ("s1-q", context)
 
 
 @pytest.mark.parametrize("shape", [(4, 14, 14), (3, 7, 7)])
 def test_tables_fit_the_levels(shape: tuple[int, int, int]) -> None:
     """Coded with tables of its own kind, an item takes about its entropy, and far less than packed levels."""
-    fitted = codecs.fit("s1", features(shape, 0), features(shape, 1), 1.5, 4, 4)
+    fitted = codecs.fit("s1-q4", features(shape, 0), features(shape, 1), 1.5, 4)
     levels = fitted.codec.quantise(features(shape, 3))
     entropy_bits = 0.0
     for channel in range(shape[0]):
@@ -43,8 +45,18 @@ def test_tables_fit_the_levels(shape: tuple[int, int, int]) -> None:
     assert fitted.spec.bytes_mean < np.prod(shape) / 2
 
 
+def test_positions_that_differ_are_cheaper_in_their_own_context() -> None:
+    """Where the border of every plane is empty, a table for each position saves what the middle's costs there."""
+    mask = np.zeros((7, 7), np.float32)
+    mask[2:5, 2:5] = 4.0
+    drawn = [features((4, 7, 7), seed) * mask for seed in (0, 1)]
+    shared = codecs.fit("s1-q4", *drawn, 1.0, 4).spec.bytes_mean
+    own = codecs.fit("s1-q4", *drawn, 1.0, 4, "position").spec.bytes_mean
+    assert own < 0.8 * shared
+
+
 def test_table_is_what_the_manifest_says() -> None:
     """The file's size and digest in the manifest are those of the table itself."""
-    fitted = codecs.fit("s2", features((3, 7, 7), 0), features((3, 7, 7), 1), 1.0, 4, 4)
+    fitted = codecs.fit("s2-q4", features((3, 7, 7), 0), features((3, 7, 7), 1), 1.0, 4)
     assert fitted.spec.table.bytes == len(fitted.table) == 3 * SYMBOLS * 2
     assert fitted.spec.table.path == "s2-q4.table"

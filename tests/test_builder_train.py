@@ -90,7 +90,7 @@ def test_quantiser_is_the_codec(shape: tuple[int, int, int]) -> None:
         # The edges between two levels and values beyond the last level.
         features[0, 0, 0, :6] = torch.tensor([0.75, -0.75, 2.25, 100.0, -100.0, 0.0])
         expected = bottleneck.quantise(features).numpy()
-    codec = codecs.fit("s1", features.numpy(), features[:8].numpy(), bottleneck.step, BITS, 4).codec
+    codec = codecs.fit("s1-q4", features.numpy(), features[:8].numpy(), bottleneck.step, BITS).codec
     found = np.stack([codec.decode(codec.encode(item)) for item in features.numpy()])
     np.testing.assert_array_equal(found, expected)
 
@@ -112,7 +112,7 @@ def test_rate_falls_with_the_spread() -> None:
     for _ in range(600):
         estimated = float(bottleneck.rate_bytes(wide).detach())
     narrow = float(bottleneck.eval().rate_bytes(wide / 4).detach())
-    real = codecs.fit("s1", wide.numpy(), wide.numpy()[:50], 1.0, BITS, 4).spec.bytes_mean
+    real = codecs.fit("s1-q4", wide.numpy(), wide.numpy()[:50], 1.0, BITS).spec.bytes_mean
     assert narrow < 0.8 * estimated
     assert estimated == pytest.approx(real, rel=0.1)
 

@@ -22,11 +22,14 @@ from kinflow.errors import CodecError
 
 TOTAL = 1 << TABLE_BITS
 Shape = tuple[int, int, int]
+Context = Literal["channel", "position"]
 
 
-def spec(bits: Literal[4, 8], step: list[float], zero: list[int], table: bytes) -> manifest.Codec:
+def spec(
+    bits: Literal[4, 8], step: list[float], zero: list[int], table: bytes, context: Context = "channel"
+) -> manifest.Codec:
     file = manifest.File("t", "0" * 64, len(table))
-    return manifest.Codec("uniform-rans", bits, step, zero, file, 1.0)
+    return manifest.Codec("uniform-rans", bits, step, zero, file, 1.0, context)
 
 
 def table(counts: npt.NDArray[np.int64]) -> bytes:
@@ -52,19 +55,21 @@ def bell(channels: int, width: float) -> npt.NDArray[np.int64]:
 
 @st.composite
 def codecs(draw: Callable[[Any], Any]) -> UniformCodec:
-    """Any small shape, odd planes among them, either width, tables from flat to one symbol alone."""
+    """Any small shape, odd planes among them, either width and context, tables from flat to one symbol alone."""
     shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 13), st.integers(1, 13)))
     bits = draw(st.sampled_from([4, 8]))
+    context: Context = draw(st.sampled_from(["channel", "position"]))
+    size = (shape[0], 256) if context == "channel" else (math.prod(shape), 1 << bits)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     skew = draw(st.sampled_from([0, 1, 20]))
-    counts = (rng.random((shape[0], 256)) ** skew * 1000).astype(np.int64)
+    counts = (rng.random(size) ** skew * 1000).astype(np.int64)
     if draw(st.booleans()):
         counts[:] = 0
-        counts[:, draw(st.integers(0, 255))] = 10**9
+        counts[:, draw(st.integers(0, size[1] - 1))] = 10**9
     data = table(counts)
     step = rng.uniform(0.01, 3, shape[0]).tolist()
     zero = rng.integers(0, 1 << bits, shape[0]).tolist()
-    return UniformCodec.from_spec("test", shape, spec(bits, step, zero, data), data)
+    return UniformCodec.from_spec("test", shape, spec(bits, step, zero, data, context), data)
 
 
 @given(codecs(), st.data())

@@ -106,6 +106,7 @@ def test_worked_example_is_what_the_page_and_the_library_code(page: dict[str, An
         "example",
         (2, 1, 3),
         4,
+        True,
         np.array(spec["step"], np.float32).reshape(-1, 1, 1),
         np.array(spec["zero"], np.int32).reshape(-1, 1, 1),
         frequencies.astype(np.uint16),

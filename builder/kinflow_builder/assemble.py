@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
-
 import numpy as np
 import torch
 
@@ -16,7 +14,6 @@ from kinflow_builder.cost import cost
 from kinflow_builder.export import Array, export_onnx
 from kinflow_builder.export_tflite import export_tflite
 from kinflow_builder.log import BuildLog
-from kinflow_builder.quantiser import BITS
 from kinflow_builder.recipe import Coding, Recipe
 from kinflow_builder.trunk import Segment, Trunk
 
@@ -95,18 +92,19 @@ def _segment(stage: Path, recipe: Recipe, segment: Segment, source: str, inputs:
 def _fit(
     stage: Path, segment: Segment, coding: Coding, fitting: Array, measured: Array, log: BuildLog
 ) -> tuple[spec.Split, UniformCodec]:
-    """Both codecs of a split, and the one that is used when none is named."""
-    assert segment.split is not None  # Segment: they come together
-    assert segment.bottleneck is not None
-    made = {}
-    specs: dict[str, spec.Codec] = {}
-    widths: tuple[Literal[4, 8], ...] = (4, 8)
-    for bits in widths:
-        fitted = codecs.fit(segment.split, fitting, measured, segment.bottleneck.step, BITS, bits)
+    """All codecs of a split, and the one that is used when none is named."""
+    split, bottleneck = segment.split, segment.bottleneck
+    assert split is not None  # Segment: they come together
+    assert bottleneck is not None
+    made = [codecs.fit(f"{split}-q4", fitting, measured, bottleneck.step, 4, coding.context)]
+    for wider in coding.coarser:
+        name = f"{split}-q4x{wider:g}"
+        made.append(codecs.fit(name, fitting, measured, bottleneck.step * wider, 4, coding.context))
+    # Four bits more, the same range; a table of each position's 256 levels would be larger than what it saves.
+    made.append(codecs.fit(f"{split}-q8", fitting, measured, bottleneck.step / 16, 8))
+    for fitted in made:
         assert fitted.spec.table is not None  # fit makes range coders
         (stage / fitted.spec.table.path).write_bytes(fitted.table)
-        specs[fitted.codec.name] = fitted.spec
-        made[bits] = fitted.codec
         log.line(f"{fitted.codec.name}: {fitted.spec.bytes_mean:.1f} bytes per item")
-    default = made[coding.default_bits]
-    return spec.Split(list(fitting.shape[1:]), specs, default.name), default
+    specs = {fitted.codec.name: fitted.spec for fitted in made}
+    return spec.Split(list(fitting.shape[1:]), specs, f"{split}-q4"), made[0].codec

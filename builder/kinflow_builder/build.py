@@ -6,21 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from kinflow import idx
 from kinflow.errors import SettingsError
-from kinflow_builder import bundle, card, figures
+from kinflow_builder import bundle, card, figures, measure
+from kinflow_builder.align import aligned
 from kinflow_builder.assemble import assemble
-from kinflow_builder.data import DataSet, LabelledImages, preprocess
-from kinflow_builder.exits import calibrated_exits
+from kinflow_builder.exits import calibrated_exits, describe
+from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.recipe import Data, Recipe
-from kinflow_builder.train import Inputs, train
-from kinflow_builder.trunk import Trunk, make_trunk
+from kinflow_builder.recipe import IdxData, Recipe
+from kinflow_builder.trunk import Trunk
 
 # Enough for tables and mean sizes to settle.
 CODEC_IMAGES = 5000
+# Of images held for that, as float32.
+CODEC_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -30,41 +33,38 @@ class Build:
     folder: Path
     """The recipe's."""
     out: Path
-    """Gets bundle/, samples/, and work/ with the checkpoint; the recipe's folder or another."""
+    """The bundle's folder."""
+    work: Path
+    """Gets the checkpoint."""
     recipe: Recipe
-    images: DataSet
+    images: Division
     log: BuildLog
-
-    def inputs(self, part: LabelledImages) -> Inputs:
-        return Inputs(preprocess(part.images, self.recipe.preprocess), part.labels)
 
 
 def run(build: Build, *, fresh: bool) -> figures.Figures:
-    """Builds the bundle and the samples beside it; the figures are those on the card.
+    """Builds the bundle; the figures are those on the card.
 
     Raises SettingsError for the recipe, BackendError for a graph that computes something else than torch,
     BundleError for a bundle that does not hold together.
     """
-    recipe, log = build.recipe, build.log
+    recipe, log, images = build.recipe, build.log, build.images
     torch.set_num_threads(recipe.training.threads)
     torch.manual_seed(recipe.training.seed)
-    trunk = make_trunk(build.folder, recipe.network)
-    check_names(recipe, trunk)
-    training, held_out, test = map(build.inputs, (build.images.train, build.images.held_out, build.images.test))
-    trunk = train(trunk, recipe, training, held_out, build.out / "work", log, fresh=fresh)
-    with bundle.staged(build.out / "bundle") as stage:
-        manifest = assemble(stage, recipe, trunk, training.images[:CODEC_IMAGES], held_out.images, log)
+    trunk = aligned(build, fresh=fresh)
+    with bundle.staged(build.out) as stage:
+        manifest = assemble(stage, recipe, trunk, _some(images.train, recipe), _some(images.held_out, recipe), log)
         family = bundle.write_manifest(stage, manifest)
-        exits = calibrated_exits(family, recipe, held_out.images, held_out.labels, build.images.held_out.sha256(), log)
-        manifest = msgspec.structs.replace(manifest, exits=exits)
-        family = bundle.write_manifest(stage, manifest)
-        found = figures.measure_all(family, build.images.test, test.images, log)
+        runs = measure.run_coded(family, images.held_out.batches(recipe.preprocess))
+        exits = calibrated_exits(manifest.exits, runs, images.held_out.truth, recipe.exits, images.held_out.sha256())
+        for name, exit in exits.items():
+            log.line(f"exit {name}: {describe(exit)}")
+        family = bundle.write_manifest(stage, msgspec.structs.replace(manifest, exits=exits))
+        found = figures.measure_all(family, images.test, log)
         exits = {name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()}
         manifest = msgspec.structs.replace(manifest, exits=exits)
         card.write(stage, manifest, recipe, found)
         bundle.write_manifest(stage, manifest)
-    write_samples(build.out / "samples", build.images.test, recipe.data)
-    log.line(f"bundle: {bundle.size_bytes(build.out / 'bundle')} bytes")
+    log.line(f"bundle: {bundle.size_bytes(build.out)} bytes")
     return found
 
 
@@ -85,9 +85,20 @@ def check_names(recipe: Recipe, trunk: Trunk) -> None:
             raise SettingsError(f"{field} names {sorted(given)}, the network has {sorted(known)}")
 
 
-def write_samples(folder: Path, test: LabelledImages, spec: Data) -> None:
-    """The first test images, in the format and under the names that the data set itself has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = test.part(slice(0, spec.samples))
-    idx.write(folder / "images-idx3-ubyte.gz", part.images)
-    idx.write(folder / "labels-idx1-ubyte.gz", part.labels.astype("uint8"))
+def write_samples(folder: Path, test: Pictures, recipe: Recipe) -> None:
+    """The first test images, in the format and under the names that an idx data set itself has."""
+    if isinstance(recipe.data, IdxData):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = test.part(np.arange(min(recipe.data.samples, len(test))))
+        idx.write(folder / "images-idx3-ubyte.gz", np.stack([image for image, _ in part.read(recipe.preprocess)]))
+        idx.write(folder / "labels-idx1-ubyte.gz", part.truth.astype("uint8"))
+
+
+def _some(pictures: Pictures, recipe: Recipe) -> measure.Array:
+    """Preprocessed images to fit codecs to: float32 [n, channels, height, width]."""
+    spec = recipe.preprocess
+    limit = CODEC_BYTES // (4 * len(spec.mean) * spec.height * spec.width)
+    count = min(len(pictures), CODEC_IMAGES, limit)
+    # Evenly over all: files come class by class.
+    chosen = np.linspace(0, len(pictures) - 1, count).astype(np.intp)
+    return np.concatenate(list(pictures.part(chosen).batches(spec)))

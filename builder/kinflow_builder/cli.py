@@ -1,7 +1,8 @@
-"""`kinflow build`: a family's bundle from its recipe."""
+"""`kinflow build`: a family's bundle from its recipe, or from a model and a folder of pictures."""
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -9,23 +10,40 @@ from typing import Annotated
 import msgspec
 import typer
 
-from kinflow.errors import BackendError
-from kinflow_builder.recipe import Recipe
+from kinflow.errors import BackendError, SettingsError
+from kinflow_builder.recipe import RECIPE, Recipe
 
-NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime", "scipy", "matplotlib", "PIL", "rich")
+NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime", "scipy", "matplotlib", "PIL", "rich", "tomli_w")
 NEEDED_FOR_TFLITE = ("litert_torch", "ai_edge_litert")
 
 
 def build(
-    folder: Annotated[Path, typer.Argument(help="Folder of a family, with its recipe.toml.")],
-    data: Annotated[
+    recipe: Annotated[
         Path | None,
-        typer.Option(help="Folder with the images; else where the recipe says, or a download.", show_default=False),
+        typer.Argument(help="A recipe.toml, or the folder of a family that has one.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:FUNCTION", help="Without a recipe: what returns your model.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", "--data", help="Folder with the pictures; else where the recipe says.", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Gets bundle/, samples/, train.log and work/; else FOLDER.", show_default=False),
+        Path | None, typer.Option(help="The bundle's folder; else bundle/ beside the recipe.", show_default=False)
     ] = None,
+    splits: Annotated[
+        str | None,
+        typer.Option(metavar="BLOCK[,BLOCK]", help="With --model: cut after these blocks.", show_default=False),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HEIGHTxWIDTH", help="With --model: its input's size.", show_default=False),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="With --model: how long to train.", min=0.01)] = 15.0,
+    seed: Annotated[int, typer.Option(help="With --model: of everything random.")] = 0,
+    threads: Annotated[int, typer.Option(help="With --model: processor threads.", min=1)] = 2,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's training.epochs.", show_default=False)
     ] = None,
@@ -33,26 +51,99 @@ def build(
         bool, typer.Option("--fresh/--resume", help="Forget an interrupted build, or go on from it.")
     ] = False,
 ) -> None:
-    """Train a family from its recipe and write its bundle, card and samples.
+    """Make a family: align its members, train, quantise, certify, and write bundle and card.
 
-    Safe to interrupt: the next call goes on after the last finished epoch. The log is train.log.
+    Either from a recipe, or from a model and a folder of pictures (<class>/*.jpg, or train/<class>/ and
+    test/<class>/): then a recipe is made and kept beside the bundle. Safe to interrupt: the next call goes on after
+    the last finished epoch. The log is train.log.
     """
-    recipe = Recipe.load(folder)
     _check_installed(NEEDED, "builder")
-    if recipe.tflite_segments:
+    if (recipe is None) == (model is None):
+        raise SettingsError("name a recipe, or a model with --model FILE.py:FUNCTION --images FOLDER --out BUNDLE")
+    if model is None:
+        assert recipe is not None
+        _from_recipe(recipe, images, out, epochs, fresh=fresh)
+        return
+    if images is None or out is None:
+        raise SettingsError("--model needs --images, a folder of pictures, and --out, the bundle's folder")
+    work = out.with_name(f"{out.name}.work")
+    if fresh or not (work / RECIPE).is_file():
+        _write_recipe(work, model, images, out.name, splits, size, minutes, seed, threads)
+    _from_recipe(work, images, out, epochs, fresh=fresh, model=_absolute(model))
+
+
+def _from_recipe(
+    path: Path, images: Path | None, out: Path | None, epochs: int | None, *, fresh: bool, model: str = ""
+) -> None:
+    chosen = Recipe.load(path)
+    folder = path.parent if path.suffix == ".toml" else path
+    if model and chosen.network.make != model:
+        raise SettingsError(f"{folder} is the work of another model, {chosen.network.make}: start anew with --fresh")
+    if chosen.tflite_segments:
         # Now, and not after half an hour of training.
         _check_installed(NEEDED_FOR_TFLITE, "builder-tflite")
     if epochs is not None:
-        training = msgspec.structs.replace(recipe.training, epochs=epochs)
-        recipe = msgspec.structs.replace(recipe, training=training)
+        chosen = msgspec.structs.replace(chosen, training=msgspec.structs.replace(chosen.training, epochs=epochs))
 
     from kinflow_builder import build as steps
-    from kinflow_builder import data as images
+    from kinflow_builder import data
     from kinflow_builder.log import BuildLog
 
-    found = images.load(recipe, data)
-    out = out or folder
-    steps.run(steps.Build(folder, out, recipe, found, BuildLog(out / "train.log")), fresh=fresh)
+    found = data.load(chosen, folder, images)
+    # What is made of a family lies in its folder; of another bundle, beside that.
+    work = folder if out is None or model else out.with_name(f"{out.name}.work")
+    work.mkdir(parents=True, exist_ok=True)
+    log = BuildLog(work / "train.log")
+    steps.run(steps.Build(folder, out or folder / "bundle", work / "work", chosen, found, log), fresh=fresh)
+    if out is None:
+        steps.write_samples(folder / "samples", found.test, chosen)
+
+
+def _write_recipe(
+    work: Path,
+    model: str,
+    images: Path,
+    name: str,
+    splits: str | None,
+    size: str | None,
+    minutes: float,
+    seed: int,
+    threads: int,
+) -> None:
+    import tomli_w
+    from rich.console import Console
+
+    from kinflow_builder.own import Wishes, propose
+
+    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", size) if size else None
+    if size and sides is None:
+        raise SettingsError(f"--size is {size!r}, expected HEIGHTxWIDTH such as 224x224")
+    console = Console(stderr=True)
+    tflite = all(find_spec(module) is not None for module in NEEDED_FOR_TFLITE)
+    wishes = Wishes(
+        make=_absolute(model),
+        images=images,
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "family",
+        size=(int(sides[1]), int(sides[2] or sides[1])) if sides else None,
+        splits=splits.split(",") if splits else None,
+        minutes=minutes,
+        seed=seed,
+        threads=threads,
+        tflite=tflite,
+    )
+    made = propose(wishes, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    if not tflite:
+        console.print("no TFLite graph will be made: pip install 'kinflow[builder-tflite]' brings the converter")
+    work.mkdir(parents=True, exist_ok=True)
+    keys = {key: value for key, value in msgspec.to_builtins(made.recipe).items() if value is not None}
+    (work / RECIPE).write_text(tomli_w.dumps(keys), encoding="utf-8")
+
+
+def _absolute(model: str) -> str:
+    file, colon, function = model.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise SettingsError(f"--model is {model!r}, expected FILE.py:FUNCTION")
+    return f"{Path(file).resolve()}:{function}"
 
 
 def _check_installed(modules: tuple[str, ...], extra: str) -> None:

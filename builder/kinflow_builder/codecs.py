@@ -13,6 +13,7 @@ from kinflow.codec import SYMBOLS, UniformCodec, table_from_counts
 from kinflow.manifest import Codec, File
 
 Array = npt.NDArray[np.float32]
+Context = Literal["channel", "position"]
 
 
 @dataclass(frozen=True)
@@ -25,27 +26,26 @@ class FittedCodec:
 
 
 def fit(
-    split: str, features: Array, measured: Array, step: float, trained_bits: int, bits: Literal[4, 8]
+    name: str, features: Array, measured: Array, step: float, bits: Literal[4, 8], context: Context = "channel"
 ) -> FittedCodec:
-    """`<split>-q<bits>`: uniform, from `features` [n, channels, height, width] before quantisation.
+    """A codec for `features` [n, channels, height, width] before quantisation; `step` is every channel's.
 
-    `step` is the one trained with at `trained_bits`; more bits divide it, so that the range stays.
     `measured`: other features, of which the mean size is taken.
     """
-    name = f"{split}-q{bits}"
     channels, height, width = features.shape[1:]
     shape = (channels, height, width)
-    steps = [step / (1 << (bits - trained_bits))] * channels
-    zeros = [1 << (bits - 1)] * channels
+    rows, symbols = (channels * height * width, 1 << bits) if context == "position" else (channels, SYMBOLS)
 
     def codec(table: bytes, bytes_mean: float) -> tuple[Codec, UniformCodec]:
         file = File(f"{name}.table", hashlib.sha256(table).hexdigest(), len(table))
-        spec = Codec("uniform-rans", bits, steps, zeros, file, bytes_mean)
+        spec = Codec("uniform-rans", bits, [step] * channels, [1 << (bits - 1)] * channels, file, bytes_mean, context)
         return spec, UniformCodec.from_spec(name, shape, spec, table)
 
     # Any valid table will do for quantising; the right one comes from the levels that this gives.
-    _, draft = codec(_as_bytes(table_from_counts(np.ones((channels, SYMBOLS), np.int64))), 1.0)
-    table = _as_bytes(table_from_counts(_count(draft.quantise(features), bits)))
+    _, draft = codec(_as_bytes(table_from_counts(np.ones((rows, symbols), np.int64))), 1.0)
+    coded = draft.to_symbols(draft.quantise(features))
+    counts = np.stack([np.bincount(coded[:, row].ravel(), minlength=symbols) for row in range(rows)])
+    table = _as_bytes(table_from_counts(counts.astype(np.int64)))
     _, fitted = codec(table, 1.0)
     size = float(np.mean([len(fitted.encode(item)) for item in measured]))
     return FittedCodec(codec(table, round(size, 2))[0], table, fitted)
@@ -53,15 +53,3 @@ def fit(
 
 def _as_bytes(table: npt.NDArray[np.uint16]) -> bytes:
     return table.astype("<u2").tobytes()
-
-
-def _count(levels: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int64]:
-    """Symbols per channel, int64 [channels, 256]; two neighbouring 4-bit levels make one symbol."""
-    items, channels = levels.shape[:2]
-    rows: npt.NDArray[np.uint8] = levels.reshape(items, channels, -1)
-    if bits == 4:
-        # As the codec does it: where the number is odd, the last level's neighbour is level 0.
-        rows = np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2)))
-        rows = np.bitwise_or(rows[..., 0::2] << 4, rows[..., 1::2], dtype=np.uint8)
-    symbols = rows.transpose(1, 0, 2).reshape(channels, -1)
-    return np.stack([np.bincount(row, minlength=SYMBOLS) for row in symbols]).astype(np.int64)

@@ -1,6 +1,6 @@
 """Finds a family's images: in a folder that is named, where the recipe says, in a cache, or downloads them.
 
-Every file is checked against the recipe's sha256, wherever it comes from. Needs no torch.
+Every idx file is checked against the recipe's sha256, wherever it comes from. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,79 +11,48 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kinflow import idx
 from kinflow.errors import InputError
-from kinflow.manifest import Preprocess
-from kinflow.preprocess import Preprocessor
-from kinflow_builder.recipe import Data, DataFile, Recipe
-
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
+from kinflow_builder import folders
+from kinflow_builder.folders import Division, Pictures
+from kinflow_builder.recipe import DataFile, FolderData, IdxData, Recipe
 
 DOWNLOAD_TIMEOUT_S = 60.0
 MAX_DOWNLOAD_BYTES = 1 << 28
 
 
-class LabelledImages(NamedTuple):
-    """Images uint8 [n, height, width] and their labels' indices int64 [n]."""
+def load(recipe: Recipe, folder: Path, directory: Path | None = None, cache: Path | None = None) -> Division:
+    """What the recipe in `folder` trains on, calibrates with and is measured on, divided by the recipe's seed.
 
-    images: Images
-    labels: Labels
-
-    def part(self, chosen: npt.NDArray[np.intp] | slice) -> LabelledImages:
-        return LabelledImages(self.images[chosen], self.labels[chosen])
-
-    def sha256(self) -> str:
-        """Of the pixels, then the labels as little-endian int64."""
-        digest = hashlib.sha256(self.images.tobytes())
-        digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What the recipe trains on, calibrates with and is measured on."""
-
-    train: LabelledImages
-    held_out: LabelledImages
-    """For temperature and certificate: never trained on."""
-    test: LabelledImages
-
-
-def load(recipe: Recipe, directory: Path | None = None, cache: Path | None = None) -> DataSet:
-    """Both parts, the training images split by the recipe's seed.
-
-    Looks in `directory` if it is given, else where the recipe says and in `cache`, else downloads into that.
+    idx files are looked for in `directory` if it is given, else where the recipe says and in `cache`, else
+    downloaded into that; pictures in `directory`, else where the recipe says.
     Raises InputError when a file is missing or not the one that the recipe names.
     """
-    data = recipe.data
-    train = _pair(data, data.train_images, data.train_labels, directory, cache)
-    test = _pair(data, data.test_images, data.test_labels, directory, cache)
-    count = len(train.labels)
+    data, seed = recipe.data, recipe.training.seed
+    if isinstance(data, FolderData):
+        root = directory or folder / data.directory
+        return folders.divide(root, recipe.labels, held_out=data.held_out, test=data.test, seed=seed)
+    train = _pair(recipe, data.train_images, data.train_labels, folder, directory, cache)
+    test = _pair(recipe, data.test_images, data.test_labels, folder, directory, cache)
+    count = len(train)
     if data.held_out >= count:
         raise InputError(f"data.held_out is {data.held_out}, there are only {count} training images")
-    order = np.random.default_rng(recipe.training.seed).permutation(count)
+    order = np.random.default_rng(seed).permutation(count)
     held_out, rest = np.sort(order[: data.held_out]), np.sort(order[data.held_out :])
-    return DataSet(train.part(rest), train.part(held_out), test)
+    return Division(train.part(rest), train.part(held_out), test)
 
 
-def load_test(folder: Path, directory: Path | None = None, cache: Path | None = None) -> LabelledImages:
+def load_test(folder: Path, directory: Path | None = None, cache: Path | None = None) -> Pictures:
     """The test images of the family whose recipe is in `folder`. Raises as `load` and `Recipe.load` do."""
-    data = Recipe.load(folder).data
-    return _pair(data, data.test_images, data.test_labels, directory, cache)
-
-
-def preprocess(images: Images, spec: Preprocess) -> npt.NDArray[np.float32]:
-    """uint8 [n, height, width] -> float32 [n, channels, height, width], as a device does it."""
-    prepare = Preprocessor(spec)
-    return np.concatenate([prepare(image) for image in images])
+    recipe = Recipe.load(folder)
+    if isinstance(recipe.data, FolderData):
+        return load(recipe, folder, directory, cache).test
+    return _pair(recipe, recipe.data.test_images, recipe.data.test_labels, folder, directory, cache)
 
 
 def cache_folder() -> Path:
@@ -92,17 +61,22 @@ def cache_folder() -> Path:
     return Path(base) / "kinflow"
 
 
-def _pair(data: Data, images: DataFile, labels: DataFile, directory: Path | None, cache: Path | None) -> LabelledImages:
-    cache = cache or cache_folder()
-    pixels = _read(data, images, 3, directory, cache)
-    classes = _read(data, labels, 1, directory, cache)
+def _pair(
+    recipe: Recipe, images: DataFile, labels: DataFile, folder: Path, directory: Path | None, cache: Path | None
+) -> Pictures:
+    assert isinstance(recipe.data, IdxData)  # load: the other kind has no files
+    places = [folder / place for place in recipe.data.directories]
+    pixels = _read(recipe.data, images, 3, places, directory, cache or cache_folder())
+    classes = _read(recipe.data, labels, 1, places, directory, cache or cache_folder())
     if len(pixels) != len(classes):
         raise InputError(f"{images.name} has {len(pixels)} images, {labels.name} has {len(classes)} labels")
-    return LabelledImages(pixels, classes.astype(np.int64))
+    return Pictures(pixels, classes.astype(np.int64), recipe.labels)
 
 
-def _read(data: Data, file: DataFile, axes: int, directory: Path | None, cache: Path) -> Images:
-    path = _find(data, file, directory, cache)
+def _read(
+    data: IdxData, file: DataFile, axes: int, places: list[Path], directory: Path | None, cache: Path
+) -> npt.NDArray[np.uint8]:
+    path = _find(data, file, places, directory, cache)
     raw = idx.content(path.read_bytes(), path)
     found = hashlib.sha256(raw).hexdigest()
     if found != file.sha256:
@@ -110,13 +84,13 @@ def _read(data: Data, file: DataFile, axes: int, directory: Path | None, cache: 
     return idx.parse(raw, path, axes)
 
 
-def _find(data: Data, file: DataFile, directory: Path | None, cache: Path) -> Path:
+def _find(data: IdxData, file: DataFile, places: list[Path], directory: Path | None, cache: Path) -> Path:
     if directory is not None:
         path = _in(directory, file.name)
         if path is None:
             raise InputError(f"{directory} has neither {file.name} nor {file.name.removesuffix('.gz')}")
         return path
-    for folder in (*map(Path, data.directories), cache):
+    for folder in (*places, cache):
         path = _in(folder, file.name)
         if path is not None:
             return path
@@ -130,7 +104,7 @@ def _in(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _download(data: Data, file: DataFile, cache: Path) -> Path:
+def _download(data: IdxData, file: DataFile, cache: Path) -> Path:
     """Into the cache, by way of a temporary file, so that a broken download leaves nothing behind."""
     address = data.url + file.name
     way_out = f"name a folder that has it (--data DIR), or put it into {cache}"

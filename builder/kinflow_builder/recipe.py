@@ -13,6 +13,8 @@ from kinflow.manifest import Positive, PositiveFloat, Preprocess, Share
 from kinflow.messages import Name
 
 RECIPE = "recipe.toml"
+# Of the trained step: the widest that training shows to the tails.
+COARSEST = 2.0
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -31,8 +33,8 @@ class DataFile(_Strict, frozen=True):
     """Of the file's content without gzip, so that any packing of the same images passes."""
 
 
-class Data(_Strict, frozen=True):
-    """Where the images are looked for, in this order: --data, `directories`, the cache, `url`."""
+class IdxData(_Strict, frozen=True, tag_field="kind", tag="idx"):
+    """A published data set of idx files, looked for in this order: --data, `directories`, the cache, `url`."""
 
     source: str
     """A line for the card: whose data, where described."""
@@ -40,6 +42,7 @@ class Data(_Strict, frozen=True):
     url: str
     """Each file's address is this one and its name."""
     directories: list[str]
+    """Relative ones: to the recipe's folder."""
     train_images: DataFile
     train_labels: DataFile
     test_images: DataFile
@@ -50,12 +53,42 @@ class Data(_Strict, frozen=True):
     """Test images that go into the family's samples/ folder."""
 
 
+class FolderData(_Strict, frozen=True, tag_field="kind", tag="folder"):
+    """A folder of pictures by class, with parts train/ and test/ or without (folders.py)."""
+
+    source: str
+    license: str
+    directory: str
+    """Relative to the recipe's folder; --data goes before it."""
+    held_out: Fraction = 0.2
+    """Share of the training pictures that is kept for temperature and certificate; never trained on."""
+    test: Fraction = 0.2
+    """Share of all pictures that is kept for the card's figures where the folder has no test/."""
+
+
+Data = IdxData | FolderData
+
+
 class Network(_Strict, frozen=True):
     """The model."""
 
-    make: Annotated[str, msgspec.Meta(pattern=r"^[\w/.-]+\.py:\w+$")]
-    """`file.py:function`, relative to the recipe; called with `options` it returns a Trunk."""
+    make: Annotated[str, msgspec.Meta(pattern=r"^.+\.py:\w+$")]
+    """`file.py:function`, relative to the recipe; called with `options` it returns a Trunk, or a model as
+    `branches` takes it apart."""
     options: dict[str, int] = {}
+
+
+class Branches(_Strict, frozen=True):
+    """A plain model as a shared trunk: cut after some of its blocks, with an exit at each cut."""
+
+    after: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """Names of blocks, in order, as `kinflow build` lists them."""
+    channels: Annotated[list[Positive], msgspec.Meta(min_length=1)]
+    """Of the features at each cut."""
+    frozen: bool = False
+    """The model's own weights stay as they are; only bottlenecks and branches are trained."""
+    teacher: bool = False
+    """The model as it was given teaches all exits, on top of the labels."""
 
 
 class Training(_Strict, frozen=True):
@@ -76,11 +109,15 @@ class Training(_Strict, frozen=True):
     distil: Share
     """Share of an earlier exit's loss that is divergence from the last exit, the rest is from the label."""
     shift: Annotated[int, msgspec.Meta(ge=0)]
-    """Augmentation: images are moved by up to this many pixels each way, and flipped."""
+    """Augmentation: images are moved by up to this many pixels each way."""
+    mirror: bool
+    """Augmentation: half of the images are mirrored."""
     erase: Annotated[int, msgspec.Meta(ge=0)]
     """Augmentation: side of the square that is blanked, in pixels."""
     unquantised: Share
     """Share of the images whose features pass a split as they are, so that both paths are learnt."""
+    coarse: Share
+    """Share of the quantised images whose steps are wider, up to twice, so that coarser codecs are learnt too."""
     quantise_from: Share
     """Share of the steps before any feature is quantised; as many again until all that should be are."""
     seed: int
@@ -88,11 +125,14 @@ class Training(_Strict, frozen=True):
 
 
 class Coding(_Strict, frozen=True):
-    """One split's codecs: `<split>-q4` and `<split>-q8`."""
+    """One split's codecs: `<split>-q4`, the default one, coarser ones, and `<split>-q8`, 16 times as fine."""
 
-    default_bits: Literal[4, 8]
     bytes_target: PositiveFloat
-    """Training presses the 4-bit features' entropy per item below this."""
+    """Training presses the entropy of `<split>-q4` per item below this."""
+    context: Literal["channel", "position"] = "channel"
+    """What shares statistics: a channel's values, or none, for images that all have the same layout."""
+    coarser: list[Annotated[float, msgspec.Meta(gt=1, le=COARSEST)]] = []
+    """Steps of further codecs `<split>-q4x…`, in steps of `<split>-q4`: fewer bytes for a slow link."""
 
 
 class Exit(_Strict, frozen=True):
@@ -122,11 +162,13 @@ class Recipe(_Strict, frozen=True):
     training: Training
     coding: dict[Name, Coding]
     exits: dict[Name, Exit]
+    branches: Branches | None = None
+    """For a network that is no Trunk yet."""
 
     @classmethod
     def load(cls, folder: Path) -> Recipe:
-        """From `folder`/recipe.toml. Raises SettingsError that names file, field and what was expected."""
-        path = folder / RECIPE
+        """From `folder`/recipe.toml, or a file. Raises SettingsError that names file, field and what was expected."""
+        path = folder if folder.suffix == ".toml" else folder / RECIPE
         try:
             raw = path.read_bytes()
         except OSError as exc:
@@ -142,5 +184,5 @@ class Recipe(_Strict, frozen=True):
         Exits and texts are not part of it: certificates can be made anew without training again.
         """
         budgets = {split: coding.bytes_target for split, coding in self.coding.items()}
-        trained = (self.data, self.preprocess, self.network, self.training, budgets)
+        trained = (self.data, self.preprocess, self.network, self.branches, self.training, budgets)
         return hashlib.sha256(msgspec.json.encode(trained, order="deterministic")).hexdigest()

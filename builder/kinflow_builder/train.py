@@ -6,40 +6,77 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
 
+from kinflow.manifest import Preprocess
 from kinflow_builder import checkpoint
 from kinflow_builder.augment import augment
+from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.recipe import Recipe, Training
+from kinflow_builder.muon import Muon
+from kinflow_builder.recipe import COARSEST, Recipe, Training
 from kinflow_builder.trunk import Pass, Trunk
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 100
 # The budget is a constraint, not a goal: far above it the penalty is of the size of the losses.
 BUDGET_WEIGHT = 1.0
 
 
-@dataclass(frozen=True)
 class Inputs:
-    """Preprocessed images float32 [n, channels, height, width] and labels int64 [n]."""
+    """Labelled images in memory, as bytes; preprocessed when they are used."""
 
-    images: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> None:
+        self.images = images
+        """uint8 [n, height, width, channels]"""
+        self.labels = labels
+        """int64 [n]"""
+        self._scale, self._offset = scale, offset
+
+    @classmethod
+    def read(cls, pictures: Pictures, preprocess: Preprocess) -> Inputs:
+        """Raises InputError that names the picture."""
+        images = np.stack([image for image, _ in pictures.read(preprocess)])
+        return cls.of(torch.from_numpy(images.reshape(*images.shape[:3], -1)), torch.from_numpy(pictures.truth), preprocess)
+
+    @classmethod
+    def of(cls, images: torch.Tensor, labels: torch.Tensor, preprocess: Preprocess) -> Inputs:
+        """`images` as in `images` above."""
+        std = torch.tensor(preprocess.std)
+        return cls(images, labels, 1 / (255 * std), -torch.tensor(preprocess.mean) / std)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, chosen: slice) -> Inputs:
+        return Inputs(self.images[chosen], self.labels[chosen], self._scale, self._offset)
+
+    def to(self, device: torch.device) -> Inputs:
+        return Inputs(*(part.to(device) for part in (self.images, self.labels, self._scale, self._offset)))
+
+    def batch(self, chosen: torch.Tensor | slice) -> torch.Tensor:
+        """float32 [n, channels, height, width], channels last in memory."""
+        return (self.images[chosen] * self._scale + self._offset).permute(0, 3, 1, 2)
 
 
 def train(
-    trunk: Trunk, recipe: Recipe, data: Inputs, held_out: Inputs, work: Path, log: BuildLog, *, fresh: bool
+    trunk: Trunk,
+    recipe: Recipe,
+    data: Inputs,
+    held_out: Inputs,
+    work: Path,
+    log: BuildLog,
+    *,
+    fresh: bool,
+    teacher: nn.Module | None = None,
 ) -> Trunk:
     """`trunk` with the averaged weights after the recipe's epochs, in evaluation mode.
 
-    Saves its state in `work` after every epoch and goes on from there, with the same result as in one go,
+    `teacher`: from images to logits; then it teaches all exits, not the last one the others. Saves its state in `work` after every epoch and goes on from there, with the same result as in one go,
     unless `fresh`. Raises SettingsError when the saved state is of another recipe.
     """
     settings = recipe.training
@@ -49,12 +86,12 @@ def train(
     state = checkpoint.load(path, recipe.digest())
     if state is None:
         log.truncate()
-        log.line(f"{recipe.id} {recipe.version}: {len(data.labels)} training images, seed {settings.seed}")
-    trainer = Trainer(trunk, recipe, data)
+        log.line(f"{recipe.id} {recipe.version}: {len(data)} training images, seed {settings.seed}")
+    trainer = Trainer(trunk, recipe, data, teacher)
     if state is not None:
         trainer.load_state(state)
         log.line(f"resumed after epoch {trainer.epoch}")
-    steps = len(data.labels) // settings.batch
+    steps = len(data) // settings.batch
     with log.progress("training", settings.epochs * steps, trainer.epoch * steps) as bar:
         while trainer.epoch < settings.epochs:
             begin, begin_cpu = time.monotonic(), time.process_time()
@@ -77,26 +114,17 @@ def train(
 class Trainer:
     """The trunk, its averaged copy, the optimiser, and where they stand."""
 
-    def __init__(self, trunk: Trunk, recipe: Recipe, data: Inputs) -> None:
+    def __init__(self, trunk: Trunk, recipe: Recipe, data: Inputs, teacher: nn.Module | None = None) -> None:
         self.settings = recipe.training
         self.budget = {split: coding.bytes_target for split, coding in recipe.coding.items()}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.trunk = copy.deepcopy(trunk).to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.trunk)
-        self.images = torch.from_numpy(data.images).to(self.device)
-        self.labels = torch.from_numpy(data.labels).to(self.device)
-        self.blank = float(data.images.min())
+        self.teacher = None if teacher is None else copy.deepcopy(teacher).to(self.device).eval()
+        self.data = data.to(self.device)
         self.epoch = 0
         self.sizes: dict[str, float] = {}
-        # Biases and normalisation are not decayed.
-        matrices = [p for p in self.trunk.parameters() if p.ndim > 1]
-        vectors = [p for p in self.trunk.parameters() if p.ndim <= 1]
-        self.optimiser = torch.optim.SGD(
-            [{"params": matrices, "weight_decay": self.settings.weight_decay}, {"params": vectors}],
-            self.settings.learning_rate,
-            momentum=self.settings.momentum,
-            nesterov=True,
-        )
+        self.optimiser = Muon(self.trunk, self.settings)
 
     def state(self) -> checkpoint.State:
         return {
@@ -116,9 +144,10 @@ class Trainer:
         """One pass over the images; the mean loss. Random numbers depend on seed and epoch alone."""
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self.labels), generator=generator).to(self.device)
-        steps = len(self.labels) // settings.batch
+        order = torch.randperm(len(self.data), generator=generator).to(self.device)
+        steps = len(self.data) // settings.batch
         self.trunk.train()
+        self.trunk.apply(_hold_frozen)
         total = 0.0
         for step in range(steps):
             done = self.epoch * steps + step
@@ -131,14 +160,18 @@ class Trainer:
 
     def _step(self, chosen: torch.Tensor, generator: torch.Generator, progress: float) -> float:
         settings = self.settings
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(settings, progress)
+        self.optimiser.set_rate(learning_rate(settings, progress))
         force = quantising(settings, progress)
-        images = augment(self.images[chosen], settings.shift, settings.erase, self.blank, generator)
+        images = augment(self.data.batch(chosen), settings, generator)
         quantised = torch.rand(len(chosen), generator=generator) < force * (1 - settings.unquantised)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            result = self.trunk(images, ~quantised.to(self.device))
-        loss = exit_loss(result, self.labels[chosen], settings) + force * self._rate_loss(result)
+        coarse = torch.rand(len(chosen), generator=generator) < settings.coarse
+        wider = 1 + (COARSEST - 1) * torch.rand(len(chosen), generator=generator)
+        coarseness = torch.where(coarse, wider, 1.0) * quantised
+        with faster(self.device):
+            result = self.trunk(images, coarseness.to(self.device))
+            with torch.no_grad():
+                taught = None if self.teacher is None else self.teacher(images).float()
+        loss = exit_loss(result, self.data.labels[chosen], settings, taught) + force * self._rate_loss(result)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
@@ -180,15 +213,21 @@ def quantising(settings: Training, progress: float) -> float:
     return min(1.0, progress / settings.quantise_from - 1) if settings.quantise_from else 1.0
 
 
-def exit_loss(result: Pass, labels: torch.Tensor, settings: Training) -> torch.Tensor:
-    """Weighted sum over the exits; the earlier ones also learn from the last one's probabilities."""
-    *earlier, last = result.logits
-    teacher = functional.log_softmax(result.logits[last].detach().float(), 1)
+def exit_loss(
+    result: Pass, labels: torch.Tensor, settings: Training, taught: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weighted sum over the exits; the earlier ones also learn from the last one's probabilities.
+
+    `taught`: a teacher's logits, from which all of them learn instead.
+    """
+    last = list(result.logits)[-1]
+    source = result.logits[last].detach().float() if taught is None else taught
+    teacher = functional.log_softmax(source, 1)
     total = torch.zeros((), device=labels.device)
     for name, logits in result.logits.items():
         values = logits.float()
         loss = functional.cross_entropy(values, labels, label_smoothing=settings.label_smoothing)
-        if name in earlier:
+        if name != last or taught is not None:
             student = functional.log_softmax(values, 1)
             divergence = functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
             loss = (1 - settings.distil) * loss + settings.distil * divergence
@@ -196,15 +235,26 @@ def exit_loss(result: Pass, labels: torch.Tensor, settings: Training) -> torch.T
     return total
 
 
+def faster(device: torch.device) -> torch.autocast:
+    """16-bit arithmetic on an accelerator. On processors without AMX it takes twice the time of 32 bits."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
+
+
 def evaluate(trunk: nn.Module, data: Inputs) -> dict[str, float]:
     """Top-1 share of each exit, with quantised features at every split."""
     device = next(trunk.parameters()).device
     trunk.eval()
     right: dict[str, int] = {}
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
-        for begin in range(0, len(data.labels), EVALUATION_BATCH):
+    with torch.no_grad(), faster(device):
+        for begin in range(0, len(data), EVALUATION_BATCH):
             part = slice(begin, begin + EVALUATION_BATCH)
-            labels = torch.from_numpy(data.labels[part]).to(device)
-            for name, logits in trunk(torch.from_numpy(data.images[part]).to(device)).logits.items():
+            labels = data.labels[part].to(device)
+            for name, logits in trunk(data.batch(part).to(device)).logits.items():
                 right[name] = right.get(name, 0) + int((logits.argmax(1) == labels).sum())
-    return {name: count / len(data.labels) for name, count in right.items()}
+    return {name: count / len(data) for name, count in right.items()}
+
+
+def _hold_frozen(module: nn.Module) -> None:
+    """Frozen normalisation keeps its statistics too."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+        module.train(module.training and module.weight.requires_grad)

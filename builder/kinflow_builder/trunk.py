@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,8 @@ class Trunk(nn.Module):  # type: ignore[misc]
         if segments[-1].split is not None or segments[-1].exit is None:
             raise ValueError(f"the last segment, {segments[-1].name!r}, needs an exit and no split")
 
-    def forward(self, x: torch.Tensor, unquantised: torch.Tensor | None = None) -> Pass:
-        """`unquantised`: bool [n], the items whose features pass every split as they are."""
+    def forward(self, x: torch.Tensor, coarseness: torch.Tensor | None = None) -> Pass:
+        """`coarseness`: float32 [n], each item's steps in trained ones; 0: its features pass as they are."""
         logits: dict[str, torch.Tensor] = {}
         features: dict[str, torch.Tensor] = {}
         sources = {None: x}
@@ -96,10 +97,7 @@ class Trunk(nn.Module):  # type: ignore[misc]
                 logits[segment.exit] = outputs["logits"]
             if segment.split is not None:
                 kept = features[segment.split] = outputs["features"]
-                passed = segment.bottleneck.quantise(kept)
-                if unquantised is not None:
-                    passed = torch.where(unquantised.view(-1, 1, 1, 1), kept.float(), passed)
-                sources[segment.split] = passed
+                sources[segment.split] = segment.bottleneck.quantise(kept, coarseness)
         return Pass(logits, features)
 
     @property
@@ -108,26 +106,45 @@ class Trunk(nn.Module):  # type: ignore[misc]
         return [segment.exit for segment in self.segments if segment.exit is not None]
 
     @property
+    def head_weights(self) -> list[torch.Tensor]:
+        """The weight of each exit's last linear layer."""
+        branches = [segment.branch for segment in self.segments if segment.branch is not None]
+        linear = [[layer for layer in branch.modules() if isinstance(layer, nn.Linear)] for branch in branches]
+        return [layers[-1].weight for layers in linear if layers]
+
+    @property
     def bottlenecks(self) -> dict[str, Bottleneck]:
         return {segment.split: segment.bottleneck for segment in self.segments if segment.split is not None}
 
 
-def make_trunk(folder: Path, network: Network) -> Trunk:
-    """What `network.make` of the recipe in `folder` returns. Raises SettingsError that names it otherwise."""
-    file, _, function = network.make.partition(":")
+def make_network(folder: Path, network: Network) -> nn.Module:
+    """What `network.make` of the recipe in `folder` returns: a Trunk, or a model that is cut into one.
+
+    Raises SettingsError that names it otherwise.
+    """
+    file, _, function = network.make.rpartition(":")
     path = folder / file
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise SettingsError(f"network.make names {path}, which is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Its own neighbours can be imported from there, as when it is run.
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as exc:
+        raise SettingsError(f"{path} cannot be imported: {type(exc).__name__}: {exc}") from exc
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
     make = getattr(module, function, None)
     if make is None:
         raise SettingsError(f"network.make names {function!r}, which {path} does not define")
     try:
-        trunk = make(**network.options)
+        made = make(**network.options)
     except (TypeError, ValueError) as exc:
         raise SettingsError(f"network.make = {network.make!r} with {network.options}: {exc}") from exc
-    if not isinstance(trunk, Trunk):
-        raise SettingsError(f"{network.make} returns {type(trunk).__name__}, expected kinflow_builder.trunk.Trunk")
-    return trunk
+    if isinstance(made, (list, tuple)) and all(isinstance(part, nn.Module) for part in made):
+        return nn.Sequential(*made)
+    if not isinstance(made, nn.Module):
+        raise SettingsError(f"{network.make} returns {type(made).__name__}, expected a torch.nn.Module, or a list of them")
+    return made

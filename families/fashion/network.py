@@ -1,4 +1,4 @@
-"""Fashion-MNIST's trunk: three segments, two splits, an exit after each segment."""
+"""Fashion-MNIST's trunk: the device's segment, and two tails that both continue from its features."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ def conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequ
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
-
-
-def upscale(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice the height and width."""
-    return nn.Sequential(conv(inputs, 4 * outputs, kernel=1), nn.PixelShuffle(2))
 
 
 class Residual(nn.Module):  # type: ignore[misc]
@@ -48,35 +43,25 @@ class Head(nn.Module):  # type: ignore[misc]
         return self.linear(x.mean((2, 3)))
 
 
-def make(s1: int, s2: int, cloud_width: int, cloud_blocks: int) -> Trunk:
-    """`s1` and `s2`: channels of the features at the splits, both 7x7.
+def tail(name: str, inputs: int, width: int, blocks: int) -> Segment:
+    """From the device's features to an exit, at their resolution."""
+    layers = nn.Sequential(conv(inputs, width, kernel=1), *(Residual(width) for _ in range(blocks)))
+    return Segment(name, layers, source="s1", exit=name, branch=Head(width))
 
-    The first bottleneck is a learned block transform, 4x4 every 2 pixels, as image codecs have one; the edge
-    segment undoes it.
+
+def make(width: int, s1: int, edge_width: int, edge_blocks: int, cloud_width: int, cloud_blocks: int) -> Trunk:
+    """`s1`: channels of the features, 7x7. The other widths are channels, at 14x14 on the device, 7x7 above.
+
+    The bottleneck is a learned block transform, 4x4 every 2 pixels, as image codecs have one. All images have the
+    same layout, so each position has statistics of its own.
     """
-    return Trunk(
-        [
-            Segment(
-                "device",
-                nn.Sequential(conv(1, 16), conv(16, 32, stride=2), Residual(32)),
-                split="s1",
-                bottleneck=Bottleneck(32, s1, step=1.5, kernel=4, stride=2, padding=1),
-                exit="device",
-                branch=nn.Sequential(conv(32, 64, stride=2), conv(64, 64), Head(64)),
-            ),
-            Segment(
-                "edge",
-                nn.Sequential(upscale(s1, 48), Residual(48), conv(48, 96, stride=2)),
-                split="s2",
-                bottleneck=Bottleneck(96, s2, step=1.5),
-                exit="edge",
-                branch=nn.Sequential(conv(96, 96), Head(96)),
-            ),
-            Segment(
-                "cloud",
-                nn.Sequential(conv(s2, cloud_width, kernel=1), *(Residual(cloud_width) for _ in range(cloud_blocks))),
-                exit="cloud",
-                branch=Head(cloud_width),
-            ),
-        ]
+    branch = nn.Sequential(conv(width, 96, stride=2), conv(96, 96), Head(96))
+    device = Segment(
+        "device",
+        nn.Sequential(conv(1, width // 2), conv(width // 2, width, stride=2), Residual(width)),
+        split="s1",
+        bottleneck=Bottleneck(width, s1, step=1.5, kernel=4, stride=2, padding=1, plane=(7, 7)),
+        exit="device",
+        branch=branch,
     )
+    return Trunk([device, tail("edge", s1, edge_width, edge_blocks), tail("cloud", s1, cloud_width, cloud_blocks)])

@@ -3,9 +3,12 @@
 Kind `uniform-rans` does both. Kind `uniform` sends the levels as they are: for large features on a fast link,
 where coding would take longer than sending.
 
-A value becomes a level, `clip(round(x / step) + zero)`, of 8 or 4 bits; two neighbouring 4-bit levels make one
-byte, so that their correlation is coded too. The bytes of a channel are coded by rANS (Duda, arXiv 1311.2540)
-with that channel's fixed table. The coder's state is one Python integer per block, never renormalised: no
+A value becomes a level, `clip(round(x / step) + zero)`, of 8 or 4 bits. Symbols are coded by rANS (Duda, arXiv
+1311.2540) with fixed tables. In the context `channel` all positions of a channel share its table, and two
+neighbouring 4-bit levels make one symbol, so that their correlation is coded too; in the context `position` every
+value has a table of its own, which pays where all images have the same layout.
+
+The coder's state is one Python integer per block, never renormalised: no
 state is flushed, so the coded size is the ideal one to within a byte and a length per block. Everything from
 the bytes back to the levels is integer arithmetic, and `(level - zero) * step` is one float32 product, so all
 machines decode the same features.
@@ -14,6 +17,7 @@ machines decode the same features.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -38,14 +42,16 @@ Features = npt.NDArray[np.float32]
 class UniformCodec:
     """Codes features of `shape` [channels, height, width].
 
-    `step` and `zero` have one entry per channel, `frequencies` is uint16 [channels, 256], each row
-    summing to 2**14; with no rows the levels are sent as they are. Made by `UniformCodec.from_spec`, which
-    checks all of it.
+    `step` and `zero` have one entry per channel. `frequencies` is uint16 [rows, symbols], each row summing to 2**14:
+    [channels, 256], or [channels * height * width, 2**bits] where each position is a context; with no rows the
+    levels are sent as they are. Made by `UniformCodec.from_spec`, which checks all of it.
     """
 
     name: str
     shape: tuple[int, int, int]
     bits: int
+    paired: bool
+    """Two neighbouring 4-bit levels of a channel make one symbol."""
     step: Features
     zero: npt.NDArray[np.int32]
     frequencies: npt.NDArray[np.uint16]
@@ -60,13 +66,15 @@ class UniformCodec:
             )
         if (table is not None) != (spec.kind == "uniform-rans"):
             raise CodecError(f"codec {name!r}: kind uniform-rans has a table, kind uniform has none")
-        frequencies = np.empty((0, SYMBOLS), np.uint16) if table is None else _frequencies(name, channels, table)
+        by_position = spec.context == "position"
+        rows, symbols = (math.prod(shape), 1 << spec.bits) if by_position else (channels, SYMBOLS)
+        frequencies = np.empty((0, symbols), np.uint16) if table is None else _frequencies(name, rows, symbols, table)
         with np.errstate(over="ignore"):
             step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
         if not (np.isfinite(step).all() and (step > 0).all()):
             raise CodecError(f"codec {name!r}: each step must be positive and finite as float32")
         zero = np.asarray(spec.zero, np.int32).reshape(-1, 1, 1)
-        return cls(name, shape, spec.bits, step, zero, frequencies)
+        return cls(name, shape, spec.bits, spec.bits == 4 and not by_position, step, zero, frequencies)
 
     def quantise(self, features: Features) -> npt.NDArray[np.uint8]:
         """Levels, uint8, in the shape of the features."""
@@ -84,7 +92,7 @@ class UniformCodec:
             raise CodecError(f"codec {self.name!r} takes features of {self.shape}, got {features.shape}")
         if not np.isfinite(features).all():
             raise CodecError(f"codec {self.name!r}: the features hold NaN or infinity")
-        symbols = self._to_symbols(self.quantise(features))
+        symbols = self.to_symbols(self.quantise(features)[None]).reshape(-1)
         if not len(self.frequencies):
             return symbols.tobytes()
         index = self._row_starts + symbols.astype(np.intp)
@@ -99,30 +107,30 @@ class UniformCodec:
             if len(data) != self.symbols_per_item:
                 raise CodecError(f"codec {self.name!r} takes {self.symbols_per_item} bytes, got {len(data)}")
             return self.dequantise(self._to_levels(np.frombuffer(data, np.uint8)))
-        symbols = _decode_blocks(data, self._rows, self._lookup)
+        symbols = _decode_blocks(data, self._lookup)
         return self.dequantise(self._to_levels(np.asarray(symbols, np.uint8)))
 
-    @property
+    @cached_property
     def symbols_per_item(self) -> int:
         return self.shape[0] * self._symbols_per_channel
 
     @property
     def _symbols_per_channel(self) -> int:
         values = math.prod(self.shape[1:])
-        return values if self.bits == 8 else (values + 1) // 2
+        return (values + 1) // 2 if self.paired else values
 
-    def _to_symbols(self, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        if self.bits == 8:
-            return levels.reshape(-1)
-        rows = levels.reshape(self.shape[0], -1)
-        if rows.shape[1] % 2:
+    def to_symbols(self, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """What is coded, [n, rows, symbols of a row], from the levels of n items [n, channels, height, width]."""
+        rows = levels.reshape(len(levels), self.shape[0], -1)
+        if self.paired:
             # A channel's last level without a neighbour is paired with level 0: pairs never span two channels.
-            rows = np.pad(rows, ((0, 0), (0, 1)))
-        return np.asarray(rows[:, 0::2] << 4 | rows[:, 1::2], np.uint8).reshape(-1)
+            rows = np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2)))
+            rows = np.asarray(rows[..., 0::2] << 4 | rows[..., 1::2], np.uint8)
+        return rows.reshape(len(levels), len(self.frequencies) or self.shape[0], -1)
 
     def _to_levels(self, symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         values = math.prod(self.shape[1:])
-        levels = np.stack((symbols >> 4, symbols & 15), axis=1) if self.bits == 4 else symbols
+        levels = np.stack((symbols >> 4, symbols & 15), axis=1) if self.paired else symbols
         return np.asarray(levels, np.uint8).reshape(self.shape[0], -1)[:, :values].reshape(self.shape)
 
     @cached_property
@@ -131,48 +139,41 @@ class UniformCodec:
         return totals - self.frequencies
 
     @cached_property
-    def _rows(self) -> list[int]:
-        """The channel of each symbol."""
-        return [int(row) for row in np.repeat(np.arange(self.shape[0]), self._symbols_per_channel)]
-
-    @cached_property
     def _row_starts(self) -> npt.NDArray[np.intp]:
-        return np.asarray(self._rows, np.intp) * SYMBOLS
+        """Where the row of each symbol begins in the flattened table."""
+        rows, symbols = self.frequencies.shape
+        return np.repeat(np.arange(rows) * symbols, self.symbols_per_item // rows)
 
     @cached_property
     def _lookup(self) -> list[_Row]:
-        rows = []
-        for frequencies, starts in zip(self.frequencies, self._cumulative, strict=True):
-            slots = np.repeat(np.arange(SYMBOLS, dtype=np.uint8), frequencies).tobytes()
-            rows.append(_Row(slots, frequencies.tolist(), starts.tolist()))
-        return rows
+        """The row of each symbol."""
+        rows = [_Row(f.tolist(), c.tolist()) for f, c in zip(self.frequencies, self._cumulative, strict=True)]
+        return [row for row in rows for _ in range(self.symbols_per_item // len(rows))]
 
 
 class _Row(NamedTuple):
-    """One channel's table as the decoder wants it."""
+    """One context's table as the decoder wants it."""
 
-    slots: bytes
-    """The symbol of each of the 2**14 slots."""
     frequencies: list[int]
     starts: list[int]
 
 
-def _frequencies(name: str, channels: int, table: bytes) -> npt.NDArray[np.uint16]:
-    if len(table) != channels * SYMBOLS * 2:
-        raise CodecError(f"codec {name!r}: its table needs {channels * SYMBOLS * 2} bytes, has {len(table)}")
-    frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(channels, SYMBOLS)
+def _frequencies(name: str, rows: int, symbols: int, table: bytes) -> npt.NDArray[np.uint16]:
+    if len(table) != rows * symbols * 2:
+        raise CodecError(f"codec {name!r}: its table needs {rows * symbols * 2} bytes, has {len(table)}")
+    frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(rows, symbols)
     if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
         raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")
     return frequencies
 
 
 def table_from_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
-    """Frequencies uint16 [channels, 256] from symbol counts of the same shape: positive, each row 2**14.
+    """Frequencies uint16 [rows, symbols] from symbol counts of the same shape: positive, each row 2**14.
 
     Every symbol gets at least 1, so that anything can be coded; the rest is shared in proportion, and what
     rounding leaves goes to the most frequent symbol.
     """
-    spare = _TOTAL - SYMBOLS
+    spare = _TOTAL - counts.shape[1]
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     frequencies = 1 + counts * spare // totals
     rows = np.arange(len(frequencies))
@@ -195,8 +196,8 @@ def _encode_blocks(frequencies: list[int], starts: list[int]) -> bytes:
     return b"".join(parts)
 
 
-def _decode_blocks(data: bytes, rows: list[int], lookup: list[_Row]) -> list[int]:
-    """`rows` has the channel of each symbol. A block must be used up exactly: its state ends at 0."""
+def _decode_blocks(data: bytes, rows: list[_Row]) -> list[int]:
+    """`rows` has the table of each symbol. A block must be used up exactly: its state ends at 0."""
     symbols: list[int] = []
     append = symbols.append
     position = 0
@@ -212,10 +213,9 @@ def _decode_blocks(data: bytes, rows: list[int], lookup: list[_Row]) -> list[int
         position += length
         if length and not data[position - 1]:
             raise CodecError("a block ends with a zero byte: its length is wrong")
-        for row in rows[begin : begin + BLOCK_SYMBOLS]:
-            slots, frequencies, starts = lookup[row]
+        for frequencies, starts in rows[begin : begin + BLOCK_SYMBOLS]:
             slot = state & _MASK
-            symbol = slots[slot]
+            symbol = bisect_right(starts, slot) - 1
             state = frequencies[symbol] * (state >> TABLE_BITS) + slot - starts[symbol]
             append(symbol)
         if state:

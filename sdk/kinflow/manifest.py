@@ -69,9 +69,11 @@ class Codec(_Strict, frozen=True):
     zero: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=255)]], msgspec.Meta(min_length=1)]
     """The level that stands for 0.0, per channel."""
     table: File | None
-    """For `uniform-rans`: uint16 little-endian frequencies [channels, 256]; each row sums to 2**14."""
+    """For `uniform-rans`: uint16 little-endian frequencies, a row per context; each row sums to 2**14."""
     bytes_mean: Annotated[float, msgspec.Meta(gt=0)]
     """Mean coded size on the calibration images."""
+    context: Literal["channel", "position"] = "channel"
+    """Which values share a row of the table: a channel's, [channels, 256], or none, [values, 2**bits]."""
 
 
 class Split(_Strict, frozen=True):
