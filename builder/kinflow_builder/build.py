@@ -10,10 +10,11 @@ import torch
 
 from kinflow import idx
 from kinflow.errors import SettingsError
-from kinflow_builder import bundle, card, figures
+from kinflow_builder import bundle, card, figures, measure
 from kinflow_builder.assemble import assemble
 from kinflow_builder.data import DataSet, LabelledImages, preprocess
-from kinflow_builder.exits import calibrated_exits
+from kinflow_builder.exits import calibrated_exits, describe
+from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.recipe import Data, Recipe
 from kinflow_builder.train import Inputs, train
@@ -50,15 +51,18 @@ def run(build: Build, *, fresh: bool) -> figures.Figures:
     torch.manual_seed(recipe.training.seed)
     trunk = make_trunk(build.folder, recipe.network)
     check_names(recipe, trunk)
-    training, held_out, test = map(build.inputs, (build.images.train, build.images.held_out, build.images.test))
+    training, held_out = map(build.inputs, (build.images.train, build.images.held_out))
     trunk = train(trunk, recipe, training, held_out, build.out / "work", log, fresh=fresh)
     with bundle.staged(build.out / "bundle") as stage:
         manifest = assemble(stage, recipe, trunk, training.images[:CODEC_IMAGES], held_out.images, log)
         family = bundle.write_manifest(stage, manifest)
-        exits = calibrated_exits(family, recipe, held_out.images, held_out.labels, build.images.held_out.sha256(), log)
+        runs = measure.run_coded(family, measure.in_batches(held_out.images))
+        exits = calibrated_exits(manifest.exits, runs, held_out.labels, recipe.exits, build.images.held_out.sha256())
+        for name, exit in exits.items():
+            log.line(f"exit {name}: {describe(exit)}")
         manifest = msgspec.structs.replace(manifest, exits=exits)
         family = bundle.write_manifest(stage, manifest)
-        found = figures.measure_all(family, build.images.test, test.images, log)
+        found = figures.measure_all(family, Pictures(*build.images.test, recipe.labels), log)
         exits = {name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()}
         manifest = msgspec.structs.replace(manifest, exits=exits)
         card.write(stage, manifest, recipe, found)

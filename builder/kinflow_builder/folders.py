@@ -67,12 +67,25 @@ class Pictures:
         for index in range(len(self)):
             yield self.image(index, preprocess), None if self.labels is None else int(self.labels[index])
 
+    def labelled(self, preprocess: Preprocess, size: int = BATCH) -> Iterator[tuple[list[Pixels], Labels]]:
+        """At most `size` images at a time, and their labels."""
+        for begin in range(0, len(self), size):
+            indices = range(begin, min(begin + size, len(self)))
+            yield [self.image(index, preprocess) for index in indices], self.truth[begin : begin + size]
+
     def batches(self, preprocess: Preprocess, size: int = BATCH) -> Iterator[npt.NDArray[np.float32]]:
         """float32 [at most `size`, channels, height, width], preprocessed as a device does it."""
         prepare = Preprocessor(preprocess)
         for begin in range(0, len(self), size):
             indices = range(begin, min(begin + size, len(self)))
             yield np.concatenate([prepare(self.image(index, preprocess)) for index in indices])
+
+    @property
+    def truth(self) -> Labels:
+        """The labels. Raises InputError where there are none."""
+        if self.labels is None:
+            raise InputError("these pictures have no labels, and accuracy needs them")
+        return self.labels
 
     def sha256(self) -> str:
         """Of the files' content (an idx file's: the pixels) and the labels. Names and order do not matter."""
@@ -142,10 +155,9 @@ def divide(
 
 def _split(pictures: Pictures, share: float, seed: int) -> tuple[Pictures, Pictures]:
     """(the share, the rest), evenly over the classes."""
-    assert pictures.labels is not None  # divide() asks for labels
     random = np.random.default_rng(seed)
     shuffled = random.permutation(len(pictures))
-    ordered = shuffled[np.argsort(pictures.labels[shuffled], kind="stable")]
+    ordered = shuffled[np.argsort(pictures.truth[shuffled], kind="stable")]
     # Every 1/share-th of the pictures in the classes' order, from a random one on.
     marks = np.floor(random.uniform() + share * np.arange(len(pictures) + 1))
     chosen = np.diff(marks) > 0
