@@ -5,22 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kinflow.family import Family
-from kinflow_builder import data, measure
+from kinflow_bench.data import load
+from kinflow_builder import measure
+from kinflow_builder.service import cascade
 
 
 def run(folder: Path, directory: Path | None) -> dict[str, Any]:
-    """Top-1 in percent of the bundle in `folder` on its recipe's test images; `directory` may hold them."""
-    family = Family.load(folder / "bundle")
-    test = data.load_test(folder, directory)
-    inputs = data.preprocess(test.images, family.preprocess)
-    coded = measure.run_coded(family, inputs)
-    figures: dict[str, Any] = {run.member: 100.0 * measure.top1(run.logits, test.labels) for run in coded}
-    for name in measure.tiers(family)[1:]:
-        logits = measure.run_full_precision(family, name, inputs)
-        figures[f"{name}_full_precision"] = 100.0 * measure.top1(logits, test.labels)
+    """Top-1 in percent of the family in `folder` on its recipe's test images, or on those in `directory`."""
+    family, pictures = load(folder, directory)
+    runs = measure.run_coded(family, pictures.batches(family.preprocess))
+    service = cascade(family.manifest.exits, runs, pictures.truth)
+    coded = {run.member: 100.0 * measure.top1(run.logits, pictures.truth) for run in runs}
+    full = {}
+    for name in list(coded)[1:]:
+        logits = measure.run_full_precision(family, name, pictures.batches(family.preprocess))
+        full[name] = 100.0 * measure.top1(logits, pictures.truth)
     return {
-        **figures,
-        "images": len(test.labels),
-        "feature_bytes_mean": {run.member: float(run.bytes_up.mean()) for run in coded[1:]},
+        **coded,
+        **{f"{name}_full_precision": top1 for name, top1 in full.items()},
+        "overall": 100.0 * service.top1,
+        "local_share": 100.0 * service.shares[runs[0].exit],
+        "shares": {exit: 100.0 * share for exit, share in service.shares.items()},
+        "feature_bytes_mean": float(runs[1].bytes_up.mean()) if len(runs) > 1 else 0.0,
+        "bytes_per_image": service.bytes_mean,
+        "tail_loss_points": max((full[name] - coded[name] for name in full), default=0.0),
+        "images": len(pictures),
     }

@@ -27,7 +27,7 @@ OWN = {
     "doctor": "kinflow.cli.doctor:doctor",
 }
 # The extra that brings what a command of this project imports.
-EXTRAS = {"edge": "edge", "cloud": "cloud", "build": "builder", "bench": "bench", "demo": "edge"}
+EXTRAS = {"edge": "edge", "cloud": "cloud", "build": "builder", "certify": "certify", "bench": "bench", "demo": "edge"}
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
