@@ -66,7 +66,9 @@ def candidates(
         if pooled[i]
     ]
     if not found:
-        raise SettingsError("no block ends with features [channels, height, width] or [tokens, channels]: nowhere to cut")
+        raise SettingsError(
+            "no block ends with features [channels, height, width] or [tokens, channels]: nowhere to cut"
+        )
     return found
 
 

@@ -28,7 +28,9 @@ def build(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option("--images", "--data", help="Folder with the pictures; else where the recipe says.", show_default=False),
+        typer.Option(
+            "--images", "--data", help="Folder with the pictures; else where the recipe says.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The bundle's folder; else bundle/ beside the recipe.", show_default=False)

@@ -44,12 +44,12 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
         for group in self.param_groups:
             group["lr"] = rate
 
-    @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group["lr"], group["momentum"], group["decay"], group["orthogonal"])
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step(parameter, group["lr"], group["momentum"], group["decay"], group["orthogonal"])
 
     def _step(self, parameter: torch.Tensor, rate: float, momentum: float, decay: float, orthogonal: bool) -> None:
         state = self.state[parameter]

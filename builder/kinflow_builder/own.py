@@ -34,7 +34,9 @@ USUAL = (([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5] * 3, [0.5] * 3),
 PROBED = 1500
 TRIED = 400
 LARGE_SIDE = 224
-MIN_EPOCHS, MAX_EPOCHS = 4, 60
+# However long a step takes: fewer steps teach nothing, more add nothing.
+MIN_STEPS, MAX_STEPS = 600, 12_000
+MIN_EPOCHS = 4
 TIMED_STEPS = 4
 EPSILON, DELTA = 0.01, 0.05
 
@@ -101,7 +103,7 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
         )
     recipe = _recipe(wishes, data, spec, labels, after, found, trained)
     recipe = _with_epochs(recipe, wishes, model, sample, len(images.train))
-    say(f"training: {recipe.training.epochs} epochs, about {wishes.minutes:g} minutes")
+    say(f"training: {recipe.training.epochs} epochs")
     return Proposal(recipe, images, accuracy, trained, found)
 
 
@@ -264,5 +266,6 @@ def _with_epochs(recipe: Recipe, wishes: Wishes, model: nn.Module, sample: Input
     start = time.perf_counter()
     trainer.run_epoch(lambda: None)
     step_s = (time.perf_counter() - start) / max(1, len(few) // batch)
-    epochs = int(np.clip(60 * wishes.minutes / (step_s * (count / batch)), MIN_EPOCHS, MAX_EPOCHS))
+    steps = np.clip(60 * wishes.minutes / step_s, MIN_STEPS, MAX_STEPS)
+    epochs = max(MIN_EPOCHS, round(steps * batch / count))
     return msgspec.structs.replace(recipe, training=msgspec.structs.replace(recipe.training, epochs=epochs))

@@ -41,7 +41,9 @@ class Inputs:
     def read(cls, pictures: Pictures, preprocess: Preprocess) -> Inputs:
         """Raises InputError that names the picture."""
         images = np.stack([image for image, _ in pictures.read(preprocess)])
-        return cls.of(torch.from_numpy(images.reshape(*images.shape[:3], -1)), torch.from_numpy(pictures.truth), preprocess)
+        return cls.of(
+            torch.from_numpy(images.reshape(*images.shape[:3], -1)), torch.from_numpy(pictures.truth), preprocess
+        )
 
     @classmethod
     def of(cls, images: torch.Tensor, labels: torch.Tensor, preprocess: Preprocess) -> Inputs:
@@ -76,8 +78,9 @@ def train(
 ) -> Trunk:
     """`trunk` with the averaged weights after the recipe's epochs, in evaluation mode.
 
-    `teacher`: from images to logits; then it teaches all exits, not the last one the others. Saves its state in `work` after every epoch and goes on from there, with the same result as in one go,
-    unless `fresh`. Raises SettingsError when the saved state is of another recipe.
+    `teacher`: from images to logits; then it teaches all exits, not the last one the others. The state is saved in
+    `work` after every epoch; the next call goes on from there, with the same result as in one go, unless `fresh`.
+    Raises SettingsError when the saved state is of another recipe.
     """
     settings = recipe.training
     path = work / "checkpoint.pt"

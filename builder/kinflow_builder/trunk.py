@@ -146,5 +146,7 @@ def make_network(folder: Path, network: Network) -> nn.Module:
     if isinstance(made, (list, tuple)) and all(isinstance(part, nn.Module) for part in made):
         return nn.Sequential(*made)
     if not isinstance(made, nn.Module):
-        raise SettingsError(f"{network.make} returns {type(made).__name__}, expected a torch.nn.Module, or a list of them")
+        raise SettingsError(
+            f"{network.make} returns {type(made).__name__}, expected a torch.nn.Module, or a list of them"
+        )
     return made
