@@ -186,9 +186,8 @@ def _exit_row(name: str, exit: Exit) -> tuple[str, ...]:
 
 
 def _exits(manifest: Manifest, found: Figures) -> str:
-    rows = [
-        (*_exit_row(name, exit), percent(found.cascade.shares.get(name, 0.0))) for name, exit in manifest.exits.items()
-    ]
+    answered = {run.exit: found.cascade.shares[run.member] for run in found.runs}
+    rows = [(*_exit_row(name, exit), percent(answered.get(name, 0.0))) for name, exit in manifest.exits.items()]
     kinds = {exit.certificate.risk for exit in manifest.exits.values() if exit.certificate}
     risks = "; ".join(f"{kind}: {RISKS[kind]}" for kind in sorted(kinds))
     return f"""## Exits
