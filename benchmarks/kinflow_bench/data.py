@@ -22,5 +22,4 @@ def load(folder: Path, directory: Path | None) -> tuple[Family, Pictures]:
         return family, folders.find(directory, family.labels)
     if not (folder / RECIPE).is_file():
         raise SettingsError(f"{folder} has no {RECIPE} that names test images: give a folder of them with --data")
-    test = recipe_data.load_test(folder)
-    return family, Pictures(test.images, test.labels, family.labels)
+    return family, recipe_data.load_test(folder)
