@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from brokers import KINDS
 from kinflow import idx
+from kinflow.confidence import probabilities
 from kinflow.family import Family
 from kinflow.preprocess import Preprocessor
+from kinflow_bench.certificate import tallied
+from kinflow_builder.bdrate import Point, bd_rate
 from system_fixtures import FASHION, running, sample_images
 
 SPREAD = {"median", "min", "max", "runs"}
@@ -101,6 +105,81 @@ def test_accuracy(small: Path) -> None:
     logits = family.member("device").run(np.concatenate([prepare(image) for image in sample_images()])).logits
     labels = idx.read(FASHION / "samples/labels-idx1-ubyte.gz", axes=1)
     assert figures["device"] == pytest.approx(100 * (logits.argmax(axis=1) == labels).mean())
+    exit = family.manifest.exits["device"]
+    kept = probabilities(logits, exit.temperature).max(axis=1) >= exit.threshold
+    assert figures["local_share"] == pytest.approx(100 * kept.mean())
+    assert sum(figures["shares"].values()) == pytest.approx(100)
+    assert abs(figures["overall"] - figures["cloud"]) < 2
+    codec = family.manifest.splits["s1"].codecs[family.manifest.splits["s1"].default_codec]
+    assert figures["feature_bytes_mean"] == pytest.approx(codec.bytes_mean, rel=0.1)
+    losses = [figures[f"{name}_full_precision"] - figures[name] for name in ("edge", "cloud")]
+    assert figures["tail_loss_points"] == pytest.approx(max(losses))
+
+
+def test_accuracy_of_a_bundle_on_pictures(tmp_path: Path) -> None:
+    """A bundle needs no recipe where --data has class folders; without both the error names the way out."""
+    labels = idx.read(FASHION / "samples/labels-idx1-ubyte.gz", axes=1)
+    for number, image in enumerate(sample_images(40)):
+        folder = tmp_path / "photos" / str(labels[number])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    figures = bench("accuracy", str(FASHION / "bundle"), "--data", str(tmp_path / "photos"))
+    assert figures["images"] == 40
+    assert figures["device"] > 50
+    with running("bench", "accuracy", str(FASHION / "bundle")) as run:
+        assert run.wait(60) == 2
+        assert "--data" in run.err[-1]
+
+
+def test_codec() -> None:
+    """BD-rates between the accuracies that are named, and the curves from which they can be had again."""
+    figures = bench("codec", str(FASHION), "--data", str(FASHION / "samples"), "--images", "60")
+    assert figures["images"] == 60
+    curve = figures["curve"]
+    points = {name: [Point(point["bytes_mean"], point["top1"] / 100) for point in curve[name]] for name in curve}
+    codecs = Family.load(FASHION / "bundle").manifest.splits["s1"].codecs
+    assert [point["codec"] for point in curve["features"]] == list(codecs)
+    for point in curve["features"]:
+        assert point["bytes_mean"] == pytest.approx(codecs[point["codec"]].bytes_mean, rel=0.15)
+    for kind in ("jpeg", "webp"):
+        found = bd_rate(points["features"], points[kind])
+        assert figures[f"bd_rate_{kind}"] == (None if found.percent is None else pytest.approx(found.percent))
+        assert figures["compared_between"][kind] == pytest.approx([100 * found.low, 100 * found.high])
+        assert {(point["height"], point["width"]) for point in curve[kind]} == {(28, 28), (21, 21), (14, 14)}
+    # A JPEG of quality 100 is as good as the pixels, and larger than they are.
+    (best,) = [point for point in curve["jpeg"] if point["quality"] == 100]
+    assert best["bytes_mean"] > 784
+
+
+def test_certificate() -> None:
+    """Few thresholds break their promise; each exit but the last one is tried."""
+    data = str(FASHION / "samples")
+    figures = bench("certificate", str(FASHION), "--data", data, "--splits", "200", "--epsilon", "0.02")
+    assert (figures["epsilon"], figures["splits"], figures["calibration_images"]) == (0.02, 200, 500)
+    assert set(figures["exits"]) == {"device", "edge"}
+    assert figures["violations_share"] == figures["violations"] / 200 <= figures["allowed_share"]
+    assert figures["exits"]["device"]["violations"] == figures["violations"]
+    assert 50 < figures["local_share"] <= 100
+
+
+def test_certificate_notices_a_broken_promise() -> None:
+    """Where the true risk is known, delta is used up, and a certificate made with ten times the delta fails."""
+    random = np.random.default_rng(0)
+    confidence = random.uniform(0, 1, 4000)
+    losses = random.uniform(0, 1, 4000) < 0.2 * (1 - confidence)
+    honest = tallied(confidence, losses, 0.02, 0.05, 300)
+    allowed = 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
+    assert 0 < honest.violations / 300 <= allowed
+    assert honest.kept_share > 0.05
+    broken = tallied(confidence, losses, 0.02, 0.5, 300)
+    assert broken.violations / 300 > allowed
+
+
+def test_certificate_needs_enough_images() -> None:
+    """The bundle's own epsilon is far too small for half of the samples: said so."""
+    with running("bench", "certificate", str(FASHION), "--data", str(FASHION / "samples"), "--epsilon", "0.001") as run:
+        assert run.wait(60) == 2
+        assert "half of 1000 images calibrates, epsilon 0.001 with delta 0.05 needs 2995" in run.err[-1]
 
 
 def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:

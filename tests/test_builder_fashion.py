@@ -12,8 +12,8 @@ import pytest
 from kinflow import idx
 from kinflow.family import Family
 from kinflow_builder import measure
+from kinflow_builder.curves import encode
 from kinflow_builder.data import preprocess
-from kinflow_builder.figures import encode
 
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 SAMPLES = 1000
@@ -36,7 +36,7 @@ def samples() -> tuple[np.ndarray, np.ndarray]:
 def runs(family: Family, samples: tuple[np.ndarray, np.ndarray]) -> list[measure.TierRun]:
     """All samples through all tiers, coded at every hop."""
     pytest.importorskip("onnxruntime", reason="pip install 'kinflow[onnx]'")
-    return measure.run_coded(family, preprocess(samples[0], family.preprocess))
+    return measure.run_coded(family, measure.in_batches(preprocess(samples[0], family.preprocess)))
 
 
 def test_size_and_files(family: Family) -> None:
@@ -44,7 +44,9 @@ def test_size_and_files(family: Family) -> None:
     folder = FASHION / "bundle"
     files = {path.name for path in folder.iterdir()}
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 4_000_000
-    assert files == {*family.files, "family.json", "card.md", "accuracy_over_bytes.png"}
+    pictures = set(re.findall(r"\]\((\w+\.png)\)", (folder / "card.md").read_text()))
+    assert pictures
+    assert files == {*family.files, "family.json", "card.md", *pictures}
 
 
 def test_graphs_hold_no_folders(family: Family) -> None:
@@ -85,7 +87,7 @@ def test_coding_costs_next_to_nothing(
     inputs = preprocess(samples[0], family.preprocess)
     labels = samples[1].astype(np.int64)
     for tier in runs[1:]:
-        full = measure.run_full_precision(family, tier.member, inputs)
+        full = measure.run_full_precision(family, tier.member, measure.in_batches(inputs))
         # 0.3 points is the aim on 10,000 images; a thousand of them scatter by some tenths more.
         assert measure.top1(full, labels) - measure.top1(tier.logits, labels) <= 0.003 + 0.007, tier.member
 

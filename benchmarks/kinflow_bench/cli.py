@@ -15,6 +15,12 @@ app = typer.Typer(help="Measure what the project claims; each prints the figure 
 
 FASHION = Path("families/fashion")
 Family = Annotated[Path, typer.Argument(help="Folder of a family, or its bundle.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with test images: <class>/*.jpg, an idx pair, or files such as 007_name.jpg.", show_default=False
+    ),
+]
 Rounds = Annotated[int, typer.Option(help="Interleaved rounds; medians are taken over them.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 BrokerKind = Annotated[str, typer.Option(help="mosquitto, embedded, or auto: mosquitto where installed.")]
@@ -62,13 +68,45 @@ def footprint(family: Family = FASHION, rounds: Rounds = 5, as_json: Json = Fals
 @app.command()
 def accuracy(
     family: Family = FASHION,
-    data: Annotated[Path | None, typer.Option(help="Folder with the test images.", show_default=False)] = None,
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Every member on the test images, fed with the device's own coded features."""
     from kinflow_bench import accuracy as bench
 
     _print(bench.run(family, data), as_json)
+
+
+@app.command()
+def codec(
+    family: Family = FASHION,
+    data: Data = None,
+    images: Annotated[int, typer.Option(help="So many of the test images; 0: all.", min=0)] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Bytes at equal accuracy (BD-rate): features against JPEG and WebP, all of them to the largest member."""
+    from kinflow_bench import codec as bench
+
+    _print(bench.run(family, data, images or None), as_json)
+
+
+@app.command()
+def certificate(
+    family: Family = FASHION,
+    data: Data = None,
+    splits: Annotated[int, typer.Option(help="Random calibration samples.", min=1)] = 200,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Instead of each certificate's own.", min=1e-6, max=0.999, show_default=False)
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Instead of each certificate's own.", min=1e-6, max=0.999, show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How often a certified threshold breaks its promise, over random calibration samples."""
+    from kinflow_bench import certificate as bench
+
+    _print(bench.run(family, data, splits, epsilon, delta), as_json)
 
 
 def _bundle(family: Path) -> Path:

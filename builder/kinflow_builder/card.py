@@ -11,7 +11,7 @@ from kinflow_builder.bdrate import front
 from kinflow_builder.figures import Figures
 from kinflow_builder.measure import sources
 from kinflow_builder.plot import BYTES_PLOT, LATENCY_PLOT, draw
-from kinflow_builder.recipe import Recipe
+from kinflow_builder.recipe import FolderData, Recipe
 
 CARD = "card.md"
 # Where `kinflow certify` writes: what stands below was made after the card, what stands above may no longer hold.
@@ -65,8 +65,13 @@ Family `{manifest.id}`, version {manifest.version}, license {manifest.license}.
 {len(manifest.labels)} labels: {labels}.
 
 Images: {recipe.data.source}, license {recipe.data.license}.
-It shows and measures the system; it has seen no other pictures than these. Of the training images,
-{recipe.data.held_out:,} were kept aside for temperatures and certificates."""
+The figures below hold for images like these. Of those to train on, {_held_out(recipe)} were kept aside for
+temperatures and certificates."""
+
+
+def _held_out(recipe: Recipe) -> str:
+    kept = recipe.data.held_out
+    return f"{kept:,}" if isinstance(kept, int) else f"{100 * kept:g}%"
 
 
 def _members(manifest: Manifest, found: Figures) -> str:
@@ -186,9 +191,8 @@ def _exit_row(name: str, exit: Exit) -> tuple[str, ...]:
 
 
 def _exits(manifest: Manifest, found: Figures) -> str:
-    rows = [
-        (*_exit_row(name, exit), percent(found.cascade.shares.get(name, 0.0))) for name, exit in manifest.exits.items()
-    ]
+    answered = {run.exit: found.cascade.shares[run.member] for run in found.runs}
+    rows = [(*_exit_row(name, exit), percent(answered.get(name, 0.0))) for name, exit in manifest.exits.items()]
     kinds = {exit.certificate.risk for exit in manifest.exits.values() if exit.certificate}
     risks = "; ".join(f"{kind}: {RISKS[kind]}" for kind in sorted(kinds))
     return f"""## Exits
@@ -218,15 +222,18 @@ def _files(manifest: Manifest) -> str:
 
 def _reproduce(recipe: Recipe) -> str:
     training = recipe.training
+    folder, where = f"families/{recipe.id}", ""
+    if isinstance(recipe.data, FolderData):
+        folder, where = "FOLDER", "FOLDER holds the build's recipe.toml. "
     return f"""## Reproduce
 
     pip install 'kinflow[builder-tflite]'
-    kinflow build families/{recipe.id} --fresh
-    kinflow bench accuracy families/{recipe.id} --json
-    kinflow bench codec families/{recipe.id} --json
-    kinflow bench certificate families/{recipe.id} --json
+    kinflow build {folder} --fresh
+    kinflow bench accuracy {folder} --json
+    kinflow bench codec {folder} --json
+    kinflow bench certificate {folder} --json
 
-Seed {training.seed}, {training.epochs} epochs, {training.threads} CPU threads. Another processor or another
+{where}Seed {training.seed}, {training.epochs} epochs, {training.threads} CPU threads. Another processor or another
 torch rounds differently: weights then differ, and these figures by some tenths of a point."""
 
 

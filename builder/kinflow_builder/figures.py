@@ -89,7 +89,7 @@ def measure_all(family: Family, test: Pictures, log: BuildLog) -> Figures:
 
 def _lines(found: Figures) -> list[str]:
     service = found.cascade
-    shares = ", ".join(f"{exit} {100 * share:.1f}%" for exit, share in service.shares.items())
+    shares = ", ".join(f"{name} {100 * share:.1f}%" for name, share in service.shares.items())
     lines = [f"in service: {shares}; top-1 {100 * service.top1:.2f}, {service.bytes_mean:.1f} bytes per image"]
     for kind, rate in found.bd.items():
         figure = "undefined" if rate.percent is None else f"{rate.percent:.1f}%"

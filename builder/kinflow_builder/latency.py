@@ -98,7 +98,7 @@ def of_family(times: Times, runs: Sequence[TierRun], service: Cascade, link: Lin
         encoded = 0.0 if run.source == coded_at else times.encode_s[run.source]
         coded_at = run.source
         each = encoded + way.rtt_s + times.decode_s[run.source] + times.member_s[run.member]
-        total += service.reached[run.exit] * each + 8 * service.hop_bytes[run.exit] / way.bits_per_s
+        total += service.reached[run.member] * each + 8 * service.hop_bytes[run.member] / way.bits_per_s
     return total
 
 

@@ -52,7 +52,7 @@ def sources(manifest: Manifest) -> dict[str, str]:
         own = [segment.source for segment in segments if segment.source in ends] if found else [INPUT]
         if not own:
             raise FamilyMismatch(
-                f"member {name!r} of {manifest.id} continues from no split at which a smaller one ends"
+                f"member {name!r} of {manifest.id} begins at no split at which a smaller one ends"
             )
         found[name] = own[-1]
         if segments[-1].split is not None:

@@ -17,13 +17,13 @@ class Cascade:
     """All exits with their thresholds."""
 
     shares: dict[str, float]
-    """Share of the images that each exit answers."""
+    """Share of the images that each member answers."""
     reached: dict[str, float]
-    """Share of the images that come to each exit."""
+    """Share of the images that come to each member."""
     top1: float
     """Share of the answers that are those of `labels`."""
     hop_bytes: dict[str, float]
-    """Sent on the hop to each exit, per image of all images."""
+    """Sent on the hop to each member, per image of all images."""
 
     @property
     def bytes_mean(self) -> float:
@@ -39,13 +39,13 @@ def cascade(
     right = np.zeros(len(labels), bool)
     shares, reached, hop_bytes = {}, {}, {}
     for run in runs:
-        reached[run.exit] = float(waiting.mean())
-        hop_bytes[run.exit] = float((waiting * run.bytes_up).mean())
+        reached[run.member] = float(waiting.mean())
+        hop_bytes[run.member] = float((waiting * run.bytes_up).mean())
         exit = exits[run.exit]
         confidence = probabilities(run.logits, exit.temperature).max(axis=1)
         sure = confidence >= (exit.threshold if threshold is None else threshold)
         kept = waiting & (sure if run is not runs[-1] else True)
         right[kept] = (run.logits.argmax(1) == labels)[kept]
-        shares[run.exit] = float(kept.mean())
+        shares[run.member] = float(kept.mean())
         waiting &= ~kept
     return Cascade(shares, reached, float(right.mean()), hop_bytes)

@@ -92,6 +92,7 @@ def _split(manifest: Manifest, name: str) -> dict[str, Any]:
         codec: {
             "kind": spec.kind,
             "bits": spec.bits,
+            "context": spec.context,
             "bytes_mean": spec.bytes_mean,
             "table_bytes": spec.table.bytes if spec.table else 0,
         }
@@ -131,7 +132,7 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        right = column in ("accuracy", "MMAC", "parameters", "onnx kB", "tflite kB", "bits", "mean bytes")
+        right = column in ("accuracy", "MMAC", "parameters", "onnx kB", "tflite kB", "bits", "mean bytes", "table kB")
         table.add_column(column, justify="right" if right else "left")
     return table
 
@@ -169,13 +170,21 @@ def _segments_table(segments: dict[str, Any]) -> Any:
 
 
 def _splits_table(splits: dict[str, Any]) -> Any:
-    table = _table("split", "shape", "codec", "kind", "bits", "mean bytes")
+    table = _table("split", "shape", "codec", "kind", "context", "bits", "mean bytes", "table kB")
     for name, split in splits.items():
         shape = "x".join(str(side) for side in split["shape"])
         for codec, spec in split["codecs"].items():
             default = " (default)" if codec == split["default_codec"] else ""
-            row = (name, shape, codec + default, spec["kind"], str(spec["bits"]), f"{spec['bytes_mean']:.0f}")
-            table.add_row(*row)
+            table.add_row(
+                name,
+                shape,
+                codec + default,
+                spec["kind"],
+                spec["context"],
+                str(spec["bits"]),
+                f"{spec['bytes_mean']:.0f}",
+                _kilobytes(spec["table_bytes"]),
+            )
     return table
 
 
@@ -188,7 +197,7 @@ def _exits_table(exits: dict[str, Any]) -> Any:
             text = (
                 f"{certificate['risk']} <= {certificate['epsilon']:g} with probability "
                 f"{1 - certificate['delta']:g} from n = {certificate['n']}, "
-                f"keeps {certificate['kept_share']:.1%}"
+                f"keeps {certificate['kept_share']:.1%}, data {certificate['data_sha256'][:12]}…"
             )
         row = (
             name,
