@@ -16,7 +16,7 @@ import pytest
 from kinflow import idx
 from kinflow.errors import InputError
 from kinflow_builder import data
-from kinflow_builder.recipe import Data, DataFile, Recipe
+from kinflow_builder.recipe import DataFile, IdxData, Recipe
 
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 COUNTS = {"train": 40, "t10k": 10}
@@ -50,7 +50,7 @@ def recipe_for(folder: Path, **changes: object) -> Recipe:
         return DataFile(name, hashlib.sha256(raw).hexdigest())
 
     recipe = Recipe.load(FASHION)
-    spec = Data(
+    spec = IdxData(
         source="made up",
         license="MIT",
         url="http://127.0.0.1:1/",
@@ -81,11 +81,11 @@ def server(folder: Path) -> Iterator[str]:
 
 def test_named_folder(folder: Path, tmp_path: Path) -> None:
     """--data is read; the held-out images are other ones than those to train on, and together they are all."""
-    found = data.load(recipe_for(folder), folder, tmp_path / "cache")
-    assert (len(found.train.labels), len(found.held_out.labels), len(found.test.labels)) == (30, 10, 10)
-    every = {image.tobytes() for part in (found.train, found.held_out) for image in part.images}
+    found = data.load(recipe_for(folder), FASHION, folder, tmp_path / "cache")
+    assert (len(found.train), len(found.held_out), len(found.test)) == (30, 10, 10)
+    every = {image.tobytes() for part in (found.train, found.held_out) for image in part.items}
     assert every == {image.tobytes() for image in idx.read(folder / "train-images-idx3-ubyte.gz")}
-    again = data.load(recipe_for(folder), folder, tmp_path / "cache")
+    again = data.load(recipe_for(folder), FASHION, folder, tmp_path / "cache")
     assert again.held_out.sha256() == found.held_out.sha256()
 
 
@@ -96,20 +96,20 @@ def test_plain_files_pass(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_for(folder)
     for path in folder.glob("*.gz"):
         path.unlink()
-    assert len(data.load(recipe, folder, tmp_path / "cache").test.labels) == 10
+    assert len(data.load(recipe, FASHION, folder, tmp_path / "cache").test) == 10
 
 
 def test_recipe_directories_come_before_a_download(folder: Path, tmp_path: Path) -> None:
     """Without --data the recipe's own folders are read; the address in it leads nowhere here."""
-    found = data.load(recipe_for(folder, directories=[str(folder)]), None, tmp_path / "cache")
-    assert len(found.test.labels) == 10
+    found = data.load(recipe_for(folder, directories=[str(folder)]), FASHION, None, tmp_path / "cache")
+    assert len(found.test) == 10
 
 
 def test_download_is_checked_and_cached(folder: Path, tmp_path: Path, server: str) -> None:
     """What is downloaded once is found in the cache later, when the server is gone."""
     cache = tmp_path / "cache"
-    first = data.load(recipe_for(folder, url=server), None, cache)
-    second = data.load(recipe_for(folder), None, cache)
+    first = data.load(recipe_for(folder, url=server), FASHION, None, cache)
+    second = data.load(recipe_for(folder), FASHION, None, cache)
     assert first.test.sha256() == second.test.sha256()
     assert {path.suffix for path in cache.iterdir()} == {".gz"}
 
@@ -119,14 +119,14 @@ def test_another_file_behind_the_address(folder: Path, tmp_path: Path, server: s
     recipe = recipe_for(folder, url=server)
     idx.write(folder / "train-images-idx3-ubyte.gz", np.zeros((40, 28, 28), np.uint8))
     with pytest.raises(InputError, match="expected content with sha256"):
-        data.load(recipe, None, tmp_path / "cache")
+        data.load(recipe, FASHION, None, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 def test_nothing_anywhere(folder: Path, tmp_path: Path) -> None:
     """No file and no network: the error names the file, the address and the way out."""
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz is not here.*--data DIR"):
-        data.load(recipe_for(folder), None, tmp_path / "cache")
+        data.load(recipe_for(folder), FASHION, None, tmp_path / "cache")
 
 
 def test_foreign_file(folder: Path, tmp_path: Path) -> None:
@@ -134,19 +134,19 @@ def test_foreign_file(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_for(folder)
     idx.write(folder / "t10k-images-idx3-ubyte.gz", np.zeros((10, 28, 28), np.uint8))
     with pytest.raises(InputError, match="t10k-images"):
-        data.load(recipe, folder, tmp_path / "cache")
+        data.load(recipe, FASHION, folder, tmp_path / "cache")
 
 
 def test_folder_without_the_files(folder: Path, tmp_path: Path) -> None:
     """An empty --data is an error, never a silent download."""
     with pytest.raises(InputError, match=r"neither train-images-idx3-ubyte\.gz nor train-images-idx3-ubyte"):
-        data.load(recipe_for(folder), tmp_path, tmp_path / "cache")
+        data.load(recipe_for(folder), FASHION, tmp_path, tmp_path / "cache")
 
 
 def test_too_many_held_out(folder: Path, tmp_path: Path) -> None:
     """Keeping everything aside would leave nothing to train on."""
     with pytest.raises(InputError, match="held_out is 40"):
-        data.load(recipe_for(folder, held_out=40), folder, tmp_path / "cache")
+        data.load(recipe_for(folder, held_out=40), FASHION, folder, tmp_path / "cache")
 
 
 def test_test_images_alone(folder: Path) -> None:
@@ -158,6 +158,6 @@ def test_test_images_alone(folder: Path) -> None:
     with pytest.raises(InputError, match="t10k-labels"):
         data.load_test(folder, folder)
     (folder / "recipe.toml").write_text(text.replace(committed.test_labels.sha256, made.test_labels.sha256))
-    images, labels = data.load_test(folder, folder)
-    assert images.shape == (10, 28, 28)
-    assert labels.dtype == np.int64
+    test = data.load_test(folder, folder)
+    assert np.shape(test.items) == (10, 28, 28)
+    assert test.truth.dtype == np.int64

@@ -18,11 +18,12 @@ from rich.console import Console
 from kinflow.errors import SettingsError
 from kinflow_builder import codecs
 from kinflow_builder.augment import augment
+from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.quantiser import BITS, Bottleneck
 from kinflow_builder.recipe import Recipe
 from kinflow_builder.train import Inputs, evaluate, learning_rate, quantising, train
-from kinflow_builder.trunk import Trunk, make_trunk
+from kinflow_builder.trunk import Trunk, make_network
 
 pytestmark = pytest.mark.builder
 
@@ -35,7 +36,7 @@ def tiny_recipe(epochs: int) -> Recipe:
     training = msgspec.structs.replace(
         recipe.training, epochs=epochs, batch=32, threads=1, learning_rate=0.05, average=0.9
     )
-    options = {"s1": 2, "s2": 3, "cloud_width": 8, "cloud_blocks": 1}
+    options = {"width": 8, "s1": 2, "edge_width": 8, "edge_blocks": 1, "cloud_width": 12, "cloud_blocks": 1}
     network = msgspec.structs.replace(recipe.network, options=options)
     return msgspec.structs.replace(recipe, training=training, network=network)
 
@@ -44,11 +45,12 @@ def tiny_inputs(count: int, seed: int) -> Inputs:
     """Bright squares whose place is the label: easy, but not without learning."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 10, count)
-    images = random.normal(-0.8, 0.1, (count, 1, 28, 28)).astype(np.float32)
+    images = random.integers(0, 20, (count, 28, 28)).astype(np.uint8)
     for image, label in zip(images, labels, strict=True):
         row, column = divmod(int(label), 5)
-        image[0, 3 + 12 * row : 12 + 12 * row, 1 + 5 * column : 6 + 5 * column] += 2.0
-    return Inputs(images, labels.astype(np.int64))
+        image[3 + 12 * row : 12 + 12 * row, 1 + 5 * column : 6 + 5 * column] += 180
+    recipe = Recipe.load(FASHION)
+    return Inputs.read(Pictures(images, labels.astype(np.int64), recipe.labels), recipe.preprocess)
 
 
 def quiet(path: Path) -> BuildLog:
@@ -57,7 +59,9 @@ def quiet(path: Path) -> BuildLog:
 
 def make(recipe: Recipe) -> Trunk:
     torch.manual_seed(0)
-    return make_trunk(FASHION, recipe.network)
+    trunk = make_network(FASHION, recipe.network)
+    assert isinstance(trunk, Trunk)
+    return trunk
 
 
 def run(recipe: Recipe, work: Path, *, fresh: bool = False) -> dict[str, torch.Tensor]:
@@ -165,12 +169,18 @@ def test_augmentation_moves_and_blanks() -> None:
     """A bright pixel ends up within the shift, mirrored or not, and erased squares have the blank value."""
     images = torch.full((400, 1, 9, 9), -1.0)
     images[:, 0, 4, 2] = 1.0
-    moved = augment(images, 1, 0, -1.0, torch.Generator().manual_seed(0))
+    settings = msgspec.structs.replace(tiny_recipe(1).training, shift=1, erase=0, mirror=True)
+    moved = augment(images, settings, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape
     places = {(int(row), int(column)) for _, _, row, column in (moved == 1.0).nonzero()}
     assert places == {(row, column) for row in (3, 4, 5) for column in (1, 2, 3, 5, 6, 7)}
-    erased = augment(torch.ones(400, 1, 9, 9), 0, 4, -1.0, torch.Generator().manual_seed(0))
-    blanked = (erased == -1.0).sum((1, 2, 3))
+    still = augment(images, msgspec.structs.replace(settings, shift=0, mirror=False), torch.Generator())
+    assert torch.equal(still, images)
+    images = torch.ones(400, 1, 9, 9)
+    images[0] = -1.0
+    settings = msgspec.structs.replace(settings, shift=0, erase=4)
+    erased = augment(images, settings, torch.Generator().manual_seed(0))
+    blanked = (erased[1:] == -1.0).sum((1, 2, 3))
     assert int(blanked.max()) == 9
     assert int(blanked.min()) >= 4
 
@@ -204,4 +214,4 @@ def test_network_that_is_not_there() -> None:
         ("network.py:conv", "conv"),
     ):
         with pytest.raises(SettingsError, match=named):
-            make_trunk(FASHION, msgspec.structs.replace(network, make=make))
+            make_network(FASHION, msgspec.structs.replace(network, make=make))

@@ -41,7 +41,7 @@ class Build:
     log: BuildLog
 
 
-def run(build: Build, *, fresh: bool) -> figures.Figures:
+def build_family(build: Build, *, fresh: bool) -> figures.Figures:
     """Builds the bundle; the figures are those on the card.
 
     Raises SettingsError for the recipe, BackendError for a graph that computes something else than torch,

@@ -72,7 +72,7 @@ def candidates(
     return found
 
 
-def choose(found: Sequence[Candidate]) -> list[Candidate]:
+def choose_splits(found: Sequence[Candidate]) -> list[Candidate]:
     """Two cuts, or one where there is no room for two: each the best of accuracy less weighted cost after the
     one before. Of equals, the one with fewer values.
     """

@@ -96,7 +96,7 @@ def _from_recipe(
     work = folder if out is None or model else out.with_name(f"{out.name}.work")
     work.mkdir(parents=True, exist_ok=True)
     log = BuildLog(work / "train.log")
-    steps.run(steps.Build(folder, out or folder / "bundle", work / "work", chosen, found, log), fresh=fresh)
+    steps.build_family(steps.Build(folder, out or folder / "bundle", work / "work", chosen, found, log), fresh=fresh)
     if out is None:
         steps.write_samples(folder / "samples", found.test, chosen)
 

@@ -51,9 +51,7 @@ def sources(manifest: Manifest) -> dict[str, str]:
         segments = [manifest.segments[segment] for segment in member.segments]
         own = [segment.source for segment in segments if segment.source in ends] if found else [INPUT]
         if not own:
-            raise FamilyMismatch(
-                f"member {name!r} of {manifest.id} begins at no split at which a smaller one ends"
-            )
+            raise FamilyMismatch(f"member {name!r} of {manifest.id} begins at no split at which a smaller one ends")
         found[name] = own[-1]
         if segments[-1].split is not None:
             ends.add(segments[-1].split)

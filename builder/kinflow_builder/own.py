@@ -6,6 +6,7 @@ it is right most often. Where to cut it is measured too (choose.py), and how man
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from kinflow.manifest import Preprocess
 from kinflow_builder import folders
 from kinflow_builder.align import trunk_from
 from kinflow_builder.blocks import blocks_of
-from kinflow_builder.choose import Candidate, candidates, choose
+from kinflow_builder.choose import Candidate, candidates, choose_splits
+from kinflow_builder.exits import TEMPERATURE_SHARE
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.recipe import Branches, Coding, Exit, FolderData, Network, Recipe, Training
 from kinflow_builder.train import Inputs, Trainer
@@ -38,7 +40,9 @@ LARGE_SIDE = 224
 MIN_STEPS, MAX_STEPS = 600, 12_000
 MIN_EPOCHS = 4
 TIMED_STEPS = 4
-EPSILON, DELTA = 0.01, 0.05
+# The whole chain's gap: the least that so many pictures can certify with room for some losses.
+EPSILONS, DELTA = (0.01, 0.02, 0.03, 0.05, 0.1), 0.05
+ROOM = 2.5
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
     sample = Inputs.read(_spread(images.train, PROBED), spec)
     blocks = blocks_of(model, sample.batch(slice(0, 1)))
     found = candidates(blocks, sample.batch(slice(None)), sample.labels.numpy(), len(labels))
-    after = wishes.splits or [candidate.name for candidate in choose(found)]
+    after = wishes.splits or [candidate.name for candidate in choose_splits(found)]
     for candidate in found:
         mark = " <- cut" if candidate.name in after else ""
         shape = "x".join(map(str, candidate.shape))
@@ -101,7 +105,9 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
             f"  after {candidate.name}: {100 * candidate.cost_share:.0f}% of the cost, features {shape}, "
             f"a probe tells {100 * candidate.accuracy:.1f}%{mark}"
         )
-    recipe = _recipe(wishes, data, spec, labels, after, found, trained)
+    epsilon = _epsilon(len(images.held_out), len(after))
+    say(f"{len(images.held_out)} pictures are held out: the gap to the largest member is to be at most {epsilon:g}")
+    recipe = _recipe(wishes, data, spec, labels, after, found, epsilon, trained=trained)
     recipe = _with_epochs(recipe, wishes, model, sample, len(images.train))
     say(f"training: {recipe.training.epochs} epochs")
     return Proposal(recipe, images, accuracy, trained, found)
@@ -114,6 +120,8 @@ def _recipe(
     labels: list[str],
     after: list[str],
     found: list[Candidate],
+    epsilon: float,
+    *,
     trained: bool,
 ) -> Recipe:
     shapes = {candidate.name: candidate.shape for candidate in found}
@@ -158,8 +166,15 @@ def _recipe(
             f"s{number}": Coding(_target(shapes.get(name, (64, 7, 7)), count), coarser=[1.5, 2.0])
             for number, (name, count) in enumerate(zip(after, channels, strict=True), 1)
         },
-        exits={member: Exit(EPSILON / (len(members) - 1), DELTA) for member in members[:-1]},
+        exits={member: Exit(epsilon / (len(members) - 1), DELTA) for member in members[:-1]},
     )
+
+
+def _epsilon(count: int, exits: int) -> float:
+    """Split among the exits: with epsilon each, at least ln(delta) / ln(1 - epsilon) pictures without a loss."""
+    certifying = count * (1 - TEMPERATURE_SHARE)
+    enough = [e for e in EPSILONS if certifying >= ROOM * math.log(DELTA) / math.log(1 - e / exits)]
+    return enough[0] if enough else EPSILONS[-1]
 
 
 def _channels(shape: tuple[int, ...]) -> int:

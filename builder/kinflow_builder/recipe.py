@@ -184,5 +184,6 @@ class Recipe(_Strict, frozen=True):
         Exits and texts are not part of it: certificates can be made anew without training again.
         """
         budgets = {split: coding.bytes_target for split, coding in self.coding.items()}
-        trained = (self.data, self.preprocess, self.network, self.branches, self.training, budgets)
+        trained = [self.data, self.preprocess, self.network, self.training, budgets]
+        trained += [way for way in (self.branches,) if way is not None]
         return hashlib.sha256(msgspec.json.encode(trained, order="deterministic")).hexdigest()
