@@ -6,8 +6,8 @@ Images come as batches and go through all tiers before the next batch is asked f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,11 @@ class TierRun:
     """Coded size of what it received, per item; zeros at the first tier."""
 
 
+def part(runs: Sequence[TierRun], chosen: npt.NDArray[np.intp]) -> list[TierRun]:
+    """The same runs of the images `chosen` alone."""
+    return [replace(run, logits=run.logits[chosen], bytes_up=run.bytes_up[chosen]) for run in runs]
+
+
 def sources(manifest: Manifest) -> dict[str, str]:
     """Where each member begins in service, smallest first: at the deepest split that a member below ends at.
 
@@ -51,9 +56,7 @@ def sources(manifest: Manifest) -> dict[str, str]:
         segments = [manifest.segments[segment] for segment in member.segments]
         own = [segment.source for segment in segments if segment.source in ends] if found else [INPUT]
         if not own:
-            raise FamilyMismatch(
-                f"member {name!r} of {manifest.id} begins at no split at which a smaller one ends"
-            )
+            raise FamilyMismatch(f"member {name!r} of {manifest.id} begins at no split at which a smaller one ends")
         found[name] = own[-1]
         if segments[-1].split is not None:
             ends.add(segments[-1].split)
