@@ -106,3 +106,7 @@ def test_curves_are_of_all_images(found: Figures) -> None:
     full = [point for point in files if point.height == 28]
     assert [point.bytes_mean for point in full] == sorted(point.bytes_mean for point in full)
     assert abs(full[-1].top1 - found.full_precision["cloud"]) <= 2 / IMAGES
+    (exact,) = [point for point in found.files["WEBP"] if point.lossless]
+    assert exact.top1 == found.full_precision["cloud"]
+    assert found.curve_cascade == found.cascade
+    assert found.sweep[0].top1 == found.coded["device"]

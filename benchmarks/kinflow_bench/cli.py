@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kinflow.errors import BackendError
 from kinflow_bench.timing import machine
 
 app = typer.Typer(help="Measure what the project claims; each prints the figure under `ratio` and all beside it.")
@@ -85,6 +87,7 @@ def codec(
     as_json: Json = False,
 ) -> None:
     """Bytes at equal accuracy (BD-rate): features against JPEG and WebP, all of them to the largest member."""
+    _need_scipy()
     from kinflow_bench import codec as bench
 
     _print(bench.run(family, data, images or None), as_json)
@@ -104,9 +107,16 @@ def certificate(
     as_json: Json = False,
 ) -> None:
     """How often a certified threshold breaks its promise, over random calibration samples."""
+    _need_scipy()
     from kinflow_bench import certificate as bench
 
     _print(bench.run(family, data, splits, epsilon, delta), as_json)
+
+
+def _need_scipy() -> None:
+    # Not in the extra `bench`, which every demo installs.
+    if find_spec("scipy") is None:
+        raise BackendError("this benchmark needs scipy: pip install 'kinflow[certify]'")
 
 
 def _bundle(family: Path) -> Path:

@@ -17,7 +17,7 @@ KINDS: tuple[ImageKind, ...] = ("JPEG", "WEBP")
 def run(folder: Path, directory: Path | None, images: int | None) -> dict[str, Any]:
     """BD-rates in percent and the curves they come from, on `images` of the test images, or all."""
     family, pictures = load(folder, directory)
-    pictures = sample(pictures, images)
+    pictures = pictures.part(sample(len(pictures), images))
     features = feature_curve(family, pictures)
     if not features:
         raise SettingsError(f"{family.id}: no member continues from the split of the smallest one, nothing is sent")

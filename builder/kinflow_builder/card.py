@@ -136,7 +136,7 @@ def _baselines(found: Figures) -> str:
     for kind, points in found.files.items():
         rows += [
             (
-                f"{kind}, quality {point.quality}, {point.height}x{point.width}",
+                f"{kind}, {'lossless' if point.lossless else f'quality {point.quality}'}, {point.height}x{point.width}",
                 f"{point.bytes_mean:.0f}",
                 percent(point.top1),
             )
@@ -159,7 +159,7 @@ file with its header. Files that another one beats with as few bytes are left ou
 
 {_table(("sent", "bytes", "top-1"), rows)}{figure}
 
-The line of swept thresholds is the family in service on all test images, one threshold for all exits; what stays
+The line of swept thresholds is the family in service on the same images, one threshold for all exits; what stays
 on the device costs no bytes."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from kinflow.family import Family
@@ -24,6 +25,7 @@ QUALITIES = {
     0.75: (5, 20, 50, 75, 90),
     0.5: (5, 20, 50, 75, 90),
 }
+LOSSLESS_EFFORT = 80
 SAMPLE_SEED = 0
 
 
@@ -41,14 +43,14 @@ class ImagePoint(Point):
     quality: int
     height: int
     width: int
+    lossless: bool
+    """A WebP that is exactly the picture; the quality is then how hard it was tried."""
 
 
-def sample(pictures: Pictures, count: int | None) -> Pictures:
-    """`count` of them, at random but always the same; all where `count` is None or more than there are."""
-    if count is None or count >= len(pictures):
-        return pictures
-    order = np.random.default_rng(SAMPLE_SEED).permutation(len(pictures))
-    return pictures.part(np.sort(order[:count]))
+def sample(total: int, count: int | None) -> npt.NDArray[np.intp]:
+    """Indices of `count` of `total` images, at random but always the same; all where `count` is None or more."""
+    order = np.random.default_rng(SAMPLE_SEED).permutation(total)
+    return np.sort(order[:count])
 
 
 def feature_curve(family: Family, pictures: Pictures, threads: int = 2) -> list[FeaturePoint]:
@@ -76,17 +78,23 @@ def image_curve(family: Family, pictures: Pictures, kind: ImageKind, threads: in
     largest = family.member(list(family.manifest.members)[-1], threads=threads)
     mode, plane = family.preprocess.mode, (family.preprocess.height, family.preprocess.width)
     settings = [
-        (quality, max(1, round(plane[0] * scale)), max(1, round(plane[1] * scale)))
+        (quality, max(1, round(plane[0] * scale)), max(1, round(plane[1] * scale)), False)
         for scale, qualities in QUALITIES.items()
         for quality in qualities
     ]
+    if kind == "WEBP":
+        settings.append((LOSSLESS_EFFORT, *plane, True))
     tallies = {setting: _Tally() for setting in settings}
     for images, labels in pictures.labelled(family.preprocess):
-        for (quality, height, width), tally in tallies.items():
-            files = [encode(scaled(image, height, width), kind, quality=quality) for image in images]
+        for (quality, height, width, lossless), tally in tallies.items():
+            options = {"lossless": True} if lossless else {}
+            files = [encode(scaled(image, height, width), kind, quality=quality, **options) for image in images]
             seen = [scaled(decode(file, mode), *plane) for file in files]
             tally.add(files, largest.run(_prepared(family, seen)).logits, labels)
-    return [ImagePoint(*tally.point(), *setting) for setting, tally in tallies.items()]
+    return [
+        ImagePoint(*tally.point(), quality, height, width, lossless)
+        for (quality, height, width, lossless), tally in tallies.items()
+    ]
 
 
 def encode(image: Pixels, kind: str, **options: int) -> bytes:

@@ -38,11 +38,13 @@ class Figures:
     png_bytes: float
     runs: list[TierRun]
     cascade: Cascade
+    curve_images: int
+    """Of the test images, those of all that follows."""
+    curve_cascade: Cascade
     sweep: list[Cascade]
     """`THRESHOLDS` at all exits but the last one."""
-    curve_images: int
-    """Images of the three curves below, on which all of them go to the largest member."""
     features: list[FeaturePoint]
+    """All images to the largest member, as the files."""
     files: dict[ImageKind, list[ImagePoint]]
     bd: dict[ImageKind, BdRate]
     """Of the features against each kind of file."""
@@ -60,7 +62,8 @@ def measure_all(family: Family, test: Pictures, log: BuildLog) -> Figures:
     coded = {run.exit: measure.top1(run.logits, test.truth) for run in runs}
     for exit, share in coded.items():
         log.line(f"test top-1 {exit}: {100 * share:.2f} coded, {100 * full[exit]:.2f} full precision")
-    few = curves.sample(test, CURVE_IMAGES)
+    chosen = curves.sample(len(test), CURVE_IMAGES)
+    few, few_runs = test.part(chosen), measure.part(runs, chosen)
     features = curves.feature_curve(family, few)
     kinds: tuple[ImageKind, ...] = ("JPEG", "WEBP")
     files = {kind: curves.image_curve(family, few, kind) for kind in kinds}
@@ -75,8 +78,9 @@ def measure_all(family: Family, test: Pictures, log: BuildLog) -> Figures:
         png_bytes=float(np.mean([len(curves.encode(image, "PNG", optimize=True)) for image in images])),
         runs=runs,
         cascade=cascade(family.manifest.exits, runs, test.truth),
-        sweep=[cascade(family.manifest.exits, runs, test.truth, threshold) for threshold in THRESHOLDS],
         curve_images=len(few),
+        curve_cascade=cascade(family.manifest.exits, few_runs, few.truth),
+        sweep=[cascade(family.manifest.exits, few_runs, few.truth, threshold) for threshold in THRESHOLDS],
         features=features,
         files=files,
         bd={kind: bd_rate(features, points) for kind, points in files.items()} if features else {},

@@ -6,8 +6,8 @@ Images come as batches and go through all tiers before the next batch is asked f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,11 @@ class TierRun:
     """[n, classes]"""
     bytes_up: npt.NDArray[np.int64]
     """Coded size of what it received, per item; zeros at the first tier."""
+
+
+def part(runs: Sequence[TierRun], chosen: npt.NDArray[np.intp]) -> list[TierRun]:
+    """The same runs of the images `chosen` alone."""
+    return [replace(run, logits=run.logits[chosen], bytes_up=run.bytes_up[chosen]) for run in runs]
 
 
 def sources(manifest: Manifest) -> dict[str, str]:

@@ -37,7 +37,7 @@ def _over_bytes(axes: Any, found: Figures) -> None:
     _line(axes, [(p.bytes_mean, p.top1) for p in found.features], "D-", "all features to the largest member")
     for kind, points in found.files.items():
         _line(axes, [(p.bytes_mean, p.top1) for p in front(points)], STYLES[kind], f"{kind} to the largest member")
-    _line(axes, [(found.cascade.bytes_mean, found.cascade.top1)], "k*", "certified thresholds")
+    _line(axes, [(found.curve_cascade.bytes_mean, found.curve_cascade.top1)], "k*", "certified thresholds")
     axes.set_xlabel("bytes sent per image, mean")
     axes.set_ylabel("top-1, %")
     axes.set_xscale("symlog", linthresh=10)
@@ -50,12 +50,12 @@ def _over_latency(axes: Any, found: Figures, link: latency.Link) -> None:
     times, runs = found.times, found.runs
     family = [(1e3 * latency.of_family(times, runs, service, link), service.top1) for service in found.sweep]
     _line(axes, family, "o-", "family, thresholds swept")
-    _line(axes, [(1e3 * times.member_s[runs[0].member], found.coded[runs[0].exit])], "v", "device only")
+    _line(axes, [(1e3 * times.member_s[runs[0].member], found.sweep[0].top1)], "v", "device only")
     for kind, points in found.files.items():
         line = [(1e3 * latency.of_images(times, point, kind, link), point.top1) for point in front(points)]
         _line(axes, line, STYLES[kind], f"cloud only, {kind}")
-    certified = 1e3 * latency.of_family(times, runs, found.cascade, link)
-    _line(axes, [(certified, found.cascade.top1)], "k*", "certified thresholds")
+    certified = 1e3 * latency.of_family(times, runs, found.curve_cascade, link)
+    _line(axes, [(certified, found.curve_cascade.top1)], "k*", "certified thresholds")
     axes.set_title(link.text, fontsize=7)
     axes.set_xlabel("mean ms per image")
     axes.set_xscale("log")
