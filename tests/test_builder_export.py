@@ -26,8 +26,8 @@ from kinflow_builder import bundle, measure
 from kinflow_builder.assemble import assemble
 from kinflow_builder.build import Build, build_family, check_names, write_samples
 from kinflow_builder.cost import cost
-from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.export import export_onnx, refuse_beyond
+from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.recipe import Recipe
 from kinflow_builder.trunk import Segment, Trunk, make_network

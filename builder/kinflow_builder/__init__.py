@@ -26,7 +26,7 @@ _MODULES = {
     "propose": "own",
     "trunk_of": "branches",
 }
-__all__ = list(_MODULES)  # noqa: PLE0604 - made of the one table that must be right
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

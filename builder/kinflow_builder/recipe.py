@@ -184,6 +184,6 @@ class Recipe(_Strict, frozen=True):
         Exits and texts are not part of it: certificates can be made anew without training again.
         """
         budgets = {split: coding.bytes_target for split, coding in self.coding.items()}
-        trained = [self.data, self.preprocess, self.network, self.training, budgets]
-        trained += [way for way in (self.branches,) if way is not None]
+        ways = [way for way in (self.branches,) if way is not None]
+        trained = (self.data, self.preprocess, self.network, self.training, budgets, *ways)
         return hashlib.sha256(msgspec.json.encode(trained, order="deterministic")).hexdigest()
