@@ -26,7 +26,7 @@ from system_fixtures import FASHION, running, sample_images
 SPREAD = {"median", "min", "max", "runs"}
 
 
-def bench(*arguments: str, timeout_s: float = 120) -> dict[str, Any]:
+def bench(*arguments: str, timeout_s: float = 280) -> dict[str, Any]:
     with running("bench", *arguments, "--json") as run:
         assert run.wait(timeout_s) == 0, run.err[-5:]
         assert run.gone()
