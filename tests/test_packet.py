@@ -122,7 +122,7 @@ def test_outbox_keeps_order_over_a_full_socket(pair: tuple[socket.socket, socket
     outbox = Outbox()
     payloads = [bytes([n]) * 5000 for n in range(20)]
     for payload in payloads:
-        outbox.send(left, packet.publish_header(b"t", len(payload), retain=False), payload)
+        outbox.send(left, (packet.publish_header(b"t", len(payload), retain=False), payload))
     assert outbox.size > 0
     inbox, got = Inbox(limit_bytes=8192), []
     while len(got) < len(payloads):

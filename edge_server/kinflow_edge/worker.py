@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from kinflow import frame, topics
@@ -39,15 +40,14 @@ IDLE_S = 0.5
 NOTHING_ABOVE = NoRoute("no upstream is set", by_choice=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
+class Job(msgspec.Struct, frozen=True, eq=False):
     """One admitted request."""
 
     request: Request
     model: ServedFamily
     entry: Entry
     features: Features
-    payload: bytes
+    payload: frame.Buffer
     """The features as they came, where they may be forwarded; else empty."""
     arrived_s: float
     admitted_s: float
@@ -111,7 +111,7 @@ class Worker:
         busy_s, self._busy_s = self._busy_s, 0.0
         return busy_s
 
-    def on_message(self, topic: str, data: bytes) -> None:
+    def on_message(self, topic: str, data: frame.Buffer) -> None:
         """Runs on the network thread: never computes, never raises."""
         arrived_s = time.monotonic()
         try:
@@ -131,7 +131,7 @@ class Worker:
             log.exception("internal error id=%s", message.id.hex())
             self._fail(message, KinflowError(f"{type(exc).__name__}: {exc}"))
 
-    def _admit(self, request: Request, payload: bytes, arrived_s: float) -> None:
+    def _admit(self, request: Request, payload: frame.Buffer, arrived_s: float) -> None:
         new, reply = self._recent.begin(request.id)
         if not new:
             self.counts["repeated"] += 1
@@ -306,8 +306,7 @@ class Worker:
             event(log, logging.WARNING, "lost", id=request.id.hex(), error=str(exc))
 
 
-@dataclass(frozen=True, eq=False)
-class _Mine:
+class _Mine(msgspec.Struct, frozen=True, eq=False):
     """What this server found out about one job."""
 
     job: Job

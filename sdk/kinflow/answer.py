@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kinflow.messages import Hop, Tier
 
 
-@dataclass(frozen=True)
-class Timings:
+class Timings(msgspec.Struct, frozen=True):
     """Milliseconds spent on the device, and by each server that worked on the request."""
 
     compute_ms: float
@@ -20,8 +19,7 @@ class Timings:
     """The servers, nearest first."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """Always names the tier that gave it and why."""
 
     label: str

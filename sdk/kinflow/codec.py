@@ -101,7 +101,7 @@ class UniformCodec:
             self._cumulative.ravel()[index].tolist(),
         )
 
-    def decode(self, data: bytes) -> Features:
+    def decode(self, data: bytes | memoryview) -> Features:
         """Features of one item, float32. Raises CodecError when `data` is not what `encode` made."""
         if not len(self.frequencies):
             if len(data) != self.symbols_per_item:
@@ -196,7 +196,7 @@ def _encode_blocks(frequencies: list[int], starts: list[int]) -> bytes:
     return b"".join(parts)
 
 
-def _decode_blocks(data: bytes, rows: list[_Row]) -> list[int]:
+def _decode_blocks(data: bytes | memoryview, rows: list[_Row]) -> list[int]:
     """`rows` has the table of each symbol. A block must be used up exactly: its state ends at 0."""
     symbols: list[int] = []
     append = symbols.append

@@ -167,11 +167,12 @@ class Device:
         """Ask the server; whatever goes wrong, the device's own answer is there."""
         features: Features | None = local.output.features
         assert features is not None
-        sent, encode_ms, payload = local.computed, 0.0, b""
+        decided = sent = time.perf_counter()
+        encode_ms, payload = 0.0, b""
         try:
             payload = self._codec.encode(features[0])
             sent = time.perf_counter()
-            encode_ms = (sent - local.computed) * 1e3
+            encode_ms = (sent - decided) * 1e3
             answered = self._ask(route, local.request_id, payload, due - sent)
         except (CodecError, LinkError) as exc:
             link_ms = (time.perf_counter() - sent) * 1e3

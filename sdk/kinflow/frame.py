@@ -32,24 +32,32 @@ _CRC = struct.Struct("<I")
 OVERHEAD_BYTES = _PREFIX.size + _CRC.size
 MAX_FRAME_BYTES = OVERHEAD_BYTES + MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES
 
+Buffer = bytes | memoryview
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
 class Frame(NamedTuple):
     message: Message
-    payload: bytes
+    payload: memoryview
+    """A view of what was unpacked: features are large, and decoding copies them anyway."""
 
 
-def pack(message: Message, payload: bytes = b"") -> bytes:
+def pack(message: Message, payload: Buffer = b"") -> bytes:
     """One MQTT payload. Raises FrameError when the header or the payload is over its limit."""
+    return b"".join(parts(message, payload))
+
+
+def parts(message: Message, payload: Buffer) -> tuple[bytes, Buffer, bytes]:
+    """What `pack` would join: the payload is not copied."""
     header = _encoder.encode(message)
     _check_sizes(len(header), len(payload))
-    body = b"".join((_PREFIX.pack(MAGIC, VERSION, len(header), len(payload)), header, payload))
-    return body + _CRC.pack(zlib.crc32(body))
+    start = _PREFIX.pack(MAGIC, VERSION, len(header), len(payload)) + header
+    return start, payload, _CRC.pack(zlib.crc32(payload, zlib.crc32(start)))
 
 
-def unpack(data: bytes) -> Frame:
+def unpack(data: Buffer) -> Frame:
     """The message and its payload. Raises FrameError on anything that is not a whole, valid frame."""
     if len(data) < OVERHEAD_BYTES:
         raise FrameError(f"a frame has at least {OVERHEAD_BYTES} bytes, got {len(data)}: truncated?")
@@ -72,7 +80,7 @@ def unpack(data: bytes) -> Frame:
     # ValidationError is a DecodeError; text that is not UTF-8 and nesting without end come as they are.
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise FrameError(f"header: {exc}") from exc
-    return Frame(message, bytes(view[start:end]))
+    return Frame(message, view[start:end])
 
 
 def _check_sizes(header_bytes: int, payload_bytes: int) -> None:

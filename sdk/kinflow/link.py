@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
@@ -27,7 +27,7 @@ from kinflow.errors import (
     ServerFailed,
     SettingsError,
 )
-from kinflow.frame import pack, unpack
+from kinflow.frame import Buffer, parts, unpack
 from kinflow.messages import Busy, Failure, NodeStatus, Reply, Request
 from kinflow.mqtt import BrokerAddress, Connection
 
@@ -39,8 +39,7 @@ SMOOTHING = 1 / 8
 ESTIMATE_LIFETIME_S = 5.0
 
 
-@dataclass(frozen=True)
-class Answered:
+class Answered(msgspec.Struct, frozen=True):
     """A reply and what it cost."""
 
     reply: Reply
@@ -70,7 +69,7 @@ class LinkCounters:
 class _Awaited(Future[Answered]):
     """A request in flight. Whoever waits for it reads the socket meanwhile: a reply switches no threads."""
 
-    def __init__(self, link: Link, topic: str, request: Request, payload: bytes) -> None:
+    def __init__(self, link: Link, topic: str, request: Request, payload: Buffer) -> None:
         super().__init__()
         self._link = link
         self.topic = topic
@@ -82,7 +81,9 @@ class _Awaited(Future[Answered]):
         self.attempts = 0
         self.repeated = False  # it was published again for want of a reply, on the present connection
         self.orphaned = False  # its connection was lost, and with it perhaps the request or the reply
-        self.set_running_or_notify_cancel()  # from now on cancel() does nothing
+
+    def cancel(self) -> bool:
+        return False
 
     def result(self, timeout: float | None = None) -> Answered:
         return super().result(self._drive(timeout))
@@ -203,7 +204,7 @@ class Link:
 
     # Requests
 
-    def request(self, topic: str, request: Request, payload: bytes) -> Future[Answered]:
+    def request(self, topic: str, request: Request, payload: Buffer) -> Future[Answered]:
         """Publish, and finish the future when the reply comes or `request.deadline_ms` has passed.
 
         The future ends with Answered, LinkTimeout, LinkLost (also at once, when not connected), ServerBusy,
@@ -213,7 +214,7 @@ class Link:
         if request.client != self.client_id:
             raise LinkError(f"request.client is {request.client!r}, this link is {self.client_id!r}")
         future = _Awaited(self, topic, request, payload)
-        frame = pack(request, payload)
+        frame = parts(request, payload)
         try:
             self._remember(future)
         except LinkError as exc:
@@ -241,11 +242,11 @@ class Link:
         with self._lock:
             return self._waiting.pop(request_id, None)
 
-    def _publish(self, future: _Awaited, frame: bytes) -> None:
+    def _publish(self, future: _Awaited, frame: Sequence[Buffer]) -> None:
         # Counted before: the reply may be here before publish() returns.
         future.attempts += 1
-        future.bytes_up += len(frame)
-        self.connection.publish(future.topic, frame)
+        future.bytes_up += sum(map(len, frame))
+        self.connection.publish(future.topic, *frame)
 
     def _publish_again(self, future: _Awaited) -> None:
         left_ms = (future.deadline_s - time.monotonic()) * 1e3
@@ -254,7 +255,7 @@ class Link:
         self._counters.retried += 1
         log.debug("request %s: attempt %d", future.request.id.hex(), future.attempts + 1)
         try:
-            self._publish(future, pack(msgspec.structs.replace(future.request, deadline_ms=left_ms), future.payload))
+            self._publish(future, parts(msgspec.structs.replace(future.request, deadline_ms=left_ms), future.payload))
         except LinkError as exc:
             log.debug("request %s: %s", future.request.id.hex(), exc)
 
@@ -300,7 +301,7 @@ class Link:
 
     # The thread that reads: messages come in
 
-    def _on_message(self, topic: str, data: bytes) -> None:
+    def _on_message(self, topic: str, data: Buffer) -> None:
         try:
             if topic == self._reply_topic:
                 self._on_reply(data)
@@ -310,7 +311,7 @@ class Link:
             self._counters.malformed += 1
             log.warning("message on %s dropped: %s", topic, exc)
 
-    def _on_reply(self, data: bytes) -> None:
+    def _on_reply(self, data: Buffer) -> None:
         now_s = time.monotonic()
         message = unpack(data).message
         if not isinstance(message, (Reply, Busy, Failure)):
@@ -331,7 +332,7 @@ class Link:
         else:
             future.set_exception(ServerFailed(message.node, message.code, message.message))
 
-    def _on_node(self, topic: str, data: bytes) -> None:
+    def _on_node(self, topic: str, data: Buffer) -> None:
         node = topic.split("/")[-2]
         nodes = dict(self._nodes)  # replaced, never changed: `nodes` is read on other threads
         if not data:

@@ -23,7 +23,7 @@ from typing import Any
 from kinflow import packet
 from kinflow.address import BrokerAddress
 from kinflow.errors import FrameError, LinkError, LinkLost
-from kinflow.frame import MAX_FRAME_BYTES
+from kinflow.frame import MAX_FRAME_BYTES, Buffer
 from kinflow.session import CONNECT_TIMEOUT_S, MAX_PACKET_BYTES, Session
 from kinflow.stream import Inbox, Interest, OtherPacket, Outbox
 from kinflow.timers import Timers
@@ -51,7 +51,7 @@ class Connection:
         address: BrokerAddress,
         client_id: str,
         *,
-        on_message: Callable[[str, bytes], None],
+        on_message: Callable[[str, memoryview], None],
         subscriptions: Sequence[str] = (),
         will: tuple[str, bytes] | None = None,
         on_connected: Callable[[], None] | None = None,
@@ -127,15 +127,16 @@ class Connection:
 
     # For any thread
 
-    def publish(self, topic: str, data: bytes, *, retain: bool = False) -> None:
-        """Send at QoS 0. Raises LinkLost when not connected, FrameError when over the size limit.
+    def publish(self, topic: str, *data: Buffer, retain: bool = False) -> None:
+        """Send at QoS 0; `data` may come in parts. Raises LinkLost when not connected, FrameError when too large.
 
         What the socket does not take at once is left to the network thread. Raises LinkError when more than
         MAX_BACKLOG_BYTES wait there.
         """
-        if len(data) > MAX_FRAME_BYTES:
-            raise FrameError(f"{topic}: {len(data)} bytes, at most {MAX_FRAME_BYTES} are sent")
-        header = packet.publish_header(topic.encode(), len(data), retain)
+        data_bytes = sum(map(len, data))
+        if data_bytes > MAX_FRAME_BYTES:
+            raise FrameError(f"{topic}: {data_bytes} bytes, at most {MAX_FRAME_BYTES} are sent")
+        whole = (packet.publish_header(topic.encode(), data_bytes, retain), *data)
         with self._write_lock:
             if self._socket is None:
                 raise LinkLost(f"not connected to {self.address}")
@@ -143,8 +144,8 @@ class Connection:
                 raise LinkError(f"{self.address} takes no more: {self._outbox.size} bytes wait to be sent")
             try:
                 if self._session.wants_write:
-                    self._outbox.keep(header, data)
-                elif self._outbox.send(self._socket, header, data):
+                    self._outbox.keep(whole)
+                elif self._outbox.send(self._socket, whole):
                     return
             except OSError as exc:  # the network thread meets it too, and connects again
                 raise LinkLost(f"the connection to {self.address} broke: {exc}") from exc

@@ -53,8 +53,8 @@ def packet_bytes(head: bytes) -> int | None:
     return None
 
 
-def split_publish(packet: bytes | bytearray) -> tuple[str, bytes]:
-    """Topic and payload of one whole PUBLISH at QoS 0; properties are skipped. Raises FrameError."""
+def split_publish(packet: bytes | bytearray) -> tuple[str, memoryview]:
+    """Topic and payload (a view) of one whole PUBLISH at QoS 0; properties are skipped. Raises FrameError."""
     try:
         position = _after_variable_length(packet, 1)
         topic_end = position + 2 + _TOPIC_LENGTH.unpack_from(packet, position)[0]
@@ -64,7 +64,7 @@ def split_publish(packet: bytes | bytearray) -> tuple[str, bytes]:
         raise FrameError(f"a PUBLISH packet of {len(packet)} bytes is malformed: {exc}") from exc
     if payload_start > len(packet):
         raise FrameError(f"a PUBLISH packet of {len(packet)} bytes announces more than it holds")
-    return topic, bytes(memoryview(packet)[payload_start:])
+    return topic, memoryview(packet)[payload_start:]
 
 
 def _after_variable_length(packet: bytes | bytearray, position: int) -> int:

@@ -7,7 +7,9 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Sequence
 
+from kinflow.frame import Buffer
 from kinflow.packet import MAX_FIXED_HEADER_BYTES, is_publish, packet_bytes
 
 log = logging.getLogger("kinflow.link")
@@ -27,25 +29,29 @@ class Outbox:
         self.begun = False
         """Whether the first packet that waits is on the wire in part: then nothing else may be sent."""
 
-    def send(self, sock: socket.socket, header: bytes, payload: bytes) -> bool:
-        """Send, after what waits already; whether nothing waits then. Lets the socket's OSError through."""
+    def send(self, sock: socket.socket, packet: Sequence[Buffer]) -> bool:
+        """Send one, given in parts, after what waits already; whether nothing waits then.
+
+        Lets the socket's OSError through.
+        """
         if self._waiting:
-            self.keep(header, payload)
+            self.keep(packet)
             return self.flush(sock)
         try:
-            sent = sock.sendmsg((header, payload))
+            sent = sock.sendmsg(packet)
         except BlockingIOError:
             sent = 0
-        if sent == len(header) + len(payload):
+        if sent == sum(map(len, packet)):
             return True
-        self.keep(header, payload)
+        self.keep(packet)
         self._took(sent)
         return False
 
-    def keep(self, header: bytes, payload: bytes) -> None:
-        """Let a packet wait for `flush`."""
-        self._waiting.append(memoryview(b"".join((header, payload))))
-        self.size += len(header) + len(payload)
+    def keep(self, packet: Sequence[Buffer]) -> None:
+        """Let one wait for `flush`."""
+        whole = memoryview(b"".join(packet))
+        self._waiting.append(whole)
+        self.size += len(whole)
 
     def flush(self, sock: socket.socket) -> bool:
         """Send what waits; whether nothing does any more. Lets the socket's OSError through."""
@@ -86,7 +92,7 @@ class Inbox:
         """Whether the next byte of the socket belongs to a packet that was begun."""
         return self._left > 0
 
-    def receive(self, sock: socket.socket) -> bytearray | None:
+    def receive(self, sock: socket.socket) -> bytes | bytearray | None:
         """A whole PUBLISH, None when it is not all there.
 
         Raises OtherPacket (and leaves that packet on the socket), FrameError when the stream is not MQTT, and
@@ -99,9 +105,13 @@ class Inbox:
                 size = packet_bytes(head) if head and is_publish(head[0]) else None
                 if size is None:
                     raise OtherPacket
-                self._left = size
+                whole = sock.recv(size) if size <= self._limit_bytes else b""
+                if len(whole) == size:
+                    return whole
+                self._left = size - len(whole)
                 # Too long a packet passes through this, and only its end would stay.
                 self._packet = bytearray(min(size, self._limit_bytes))
+                self._packet[: len(whole)] = whole
                 self._too_long = size > self._limit_bytes
             return self._receive_more(sock)
         except BlockingIOError:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol
+
+import msgspec
 
 from kinflow.answer import Answer, Timings
 from kinflow.errors import SettingsError
@@ -64,7 +65,7 @@ def answer(label: str = "label", tier: Tier = "device", **overrides: Any) -> Ans
         timings=Timings(compute_ms=1.0, encode_ms=0.5, link_ms=3.5) if offloaded else Timings(compute_ms=1.0),
         request_id="00" * 16,
     )
-    return replace(plausible, **overrides)
+    return msgspec.structs.replace(plausible, **overrides)
 
 
 class FakeDevice:

@@ -18,6 +18,7 @@ from kinflow import topics
 from kinflow.discovery import Browser
 from kinflow.errors import KinflowError, LinkLost
 from kinflow.family import Family
+from kinflow.frame import Buffer
 from kinflow.link import Answered, Link
 from kinflow.logs import event
 from kinflow.messages import NodeStatus, Request, Tier
@@ -119,7 +120,7 @@ class Uplink:
         path = self._path
         return NoRoute("no server found yet") if path is None else self._route_by(path)
 
-    def request(self, route: Route, request_id: bytes, payload: bytes, remaining_s: float) -> Future[Answered]:
+    def request(self, route: Route, request_id: bytes, payload: Buffer, remaining_s: float) -> Future[Answered]:
         """Send coded features along `route`. The future ends within `remaining_s`, see Link.request.
 
         Raises LinkLost when the link that `route` was for was replaced meanwhile.
