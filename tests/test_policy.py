@@ -75,5 +75,5 @@ def test_the_module_is_pure() -> None:
     """No socket, clock, thread or environment: it imports nothing that has one."""
     tree = ast.parse(inspect.getsource(policy))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"__future__", "dataclasses", "kinflow.messages"}
+    assert imported == {"__future__", "msgspec", "kinflow.messages"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]

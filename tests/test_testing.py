@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import inspect
 from itertools import repeat
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -136,9 +136,9 @@ def test_made_answers_are_plausible(tier: Any, degraded: bool) -> None:
 def test_every_field_can_be_overridden() -> None:
     """And a field that does not exist is a TypeError, not a silent nothing."""
     plain = answer()
-    for field in dataclasses.fields(kinflow.Answer):
+    for field in msgspec.structs.fields(kinflow.Answer):
         made = answer(**{field.name: getattr(plain, field.name)})
         assert getattr(made, field.name) == getattr(plain, field.name)
-    assert answer(confidence=0.1, bytes_up=3) == dataclasses.replace(plain, confidence=0.1, bytes_up=3)
+    assert answer(confidence=0.1, bytes_up=3) == msgspec.structs.replace(plain, confidence=0.1, bytes_up=3)
     with pytest.raises(TypeError, match="confidense"):
         answer(confidense=1)

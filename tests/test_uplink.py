@@ -153,7 +153,7 @@ def test_the_estimate_is_the_links_own_after_a_reply(broker: TestBroker, own_fam
         answered = uplink.request(route, b"i" * 16, b"", 5.0).result(6)
         after = uplink.route()
         with pytest.raises(LinkLost, match="elsewhere was just replaced"):
-            uplink.request(replace(route, node="elsewhere"), b"j" * 16, b"", 5.0)
+            uplink.request(msgspec.structs.replace(route, node="elsewhere"), b"j" * 16, b"", 5.0)
     (request,) = seen
     assert (request.id, request.family, request.version) == (b"i" * 16, own_family.id, own_family.version)
     assert (request.split, request.codec) == ("s1", "q8")

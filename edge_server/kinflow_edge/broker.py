@@ -28,6 +28,8 @@ from kinflow.settings import BrokerSettings
 log = logging.getLogger("kinflow.broker")
 
 START_TIMEOUT_S = 10.0
+# glibc's malloc would give a large message's memory back and ask for it again with the next one.
+KEEP_MEMORY = {"MALLOC_TOP_PAD_": str(1 << 20)}
 # Debian installs mosquitto where an ordinary user's PATH does not look.
 EXTRA_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -142,7 +144,12 @@ class Broker:
         with errors.open("wb") as stream:
             # Paths relative to the folder: what lies above it may be closed to the broker's account.
             self._process = children.spawn(
-                [*command, config.name], stdout=stream, stderr=stream, cwd=self._folder.name, **account
+                [*command, config.name],
+                stdout=stream,
+                stderr=stream,
+                cwd=self._folder.name,
+                env={**os.environ, **KEEP_MEMORY},
+                **account,
             )
         self._wait_until_ready(errors)
         log.info("broker started kind=%s address=%s pid=%s", self.kind, self.address, self._process.pid)

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -224,7 +223,7 @@ class Worker:
     def _escalate(self, mine: _Mine, uplink: Uplink, route: Route, features: Features | None) -> None:
         job = mine.job
         if features is None:
-            route, payload = replace(route, codec=job.request.codec), job.payload
+            route, payload = msgspec.structs.replace(route, codec=job.request.codec), job.payload
         else:
             payload = job.model.family.codec(route.split, route.codec).encode(features)
         try:

@@ -10,8 +10,8 @@ value has a table of its own, which pays where all images have the same layout.
 
 The coder's state is one Python integer per block, never renormalised: no
 state is flushed, so the coded size is the ideal one to within a byte and a length per block. Everything from
-the bytes back to the levels is integer arithmetic, and `(level - zero) * step` is one float32 product, so all
-machines decode the same features.
+the bytes back to the levels is integer arithmetic, and `(level - zero) * step` is one exact difference and one
+float32 product, so all machines decode the same features.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class UniformCodec:
     paired: bool
     """Two neighbouring 4-bit levels of a channel make one symbol."""
     step: Features
-    zero: npt.NDArray[np.int32]
+    zero: Features
+    """A level, so whole; float32, like all that it is taken from."""
     frequencies: npt.NDArray[np.uint16]
 
     @classmethod
@@ -73,18 +74,24 @@ class UniformCodec:
             step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
         if not (np.isfinite(step).all() and (step > 0).all()):
             raise CodecError(f"codec {name!r}: each step must be positive and finite as float32")
-        zero = np.asarray(spec.zero, np.int32).reshape(-1, 1, 1)
+        zero = np.asarray(spec.zero, np.float32).reshape(-1, 1, 1)
         return cls(name, shape, spec.bits, spec.bits == 4 and not by_position, step, zero, frequencies)
 
     def quantise(self, features: Features) -> npt.NDArray[np.uint8]:
         """Levels, uint8, in the shape of the features."""
-        levels = np.rint(features / self.step)
+        # In place from here on: each copy of large features would push out of the cache what comes after.
+        levels = features / self.step
+        np.rint(levels, out=levels)
         levels += self.zero
-        return np.asarray(np.clip(levels, 0, (1 << self.bits) - 1), np.uint8)
+        np.clip(levels, 0, (1 << self.bits) - 1, out=levels)
+        return levels.astype(np.uint8)
 
     def dequantise(self, levels: npt.NDArray[np.uint8]) -> Features:
         """The features that `levels` stand for, float32."""
-        return (levels.astype(np.int32) - self.zero).astype(np.float32) * self.step
+        features = levels.astype(np.float32)
+        features -= self.zero
+        features *= self.step
+        return features
 
     def encode(self, features: Features) -> bytes:
         """Coded bytes of one item. Raises CodecError on another shape or values that are not finite."""

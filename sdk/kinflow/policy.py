@@ -5,13 +5,12 @@ Device and edge server use the same rule; the device is the lowest tier, the clo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from kinflow.messages import Tier
 
 
-@dataclass(frozen=True)
-class LinkEstimate:
+class LinkEstimate(Struct, frozen=True):
     """What is known of the way to one server."""
 
     round_trip_s: float
@@ -24,8 +23,7 @@ class LinkEstimate:
         return self.round_trip_s + self.queue_s
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(Struct, frozen=True):
     """A server that could continue the computation."""
 
     node: str
@@ -35,8 +33,7 @@ class Route:
     estimate: LinkEstimate
 
 
-@dataclass(frozen=True)
-class NoRoute:
+class NoRoute(Struct, frozen=True):
     """Nothing above can be asked, and why."""
 
     reason: str
@@ -44,16 +41,14 @@ class NoRoute:
     """The settings have it so: then the answer is as good as was wanted, not degraded."""
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(Struct, frozen=True):
     """Answer here. `degraded`: the exit was not sure enough, but nothing above can help in time."""
 
     reason: str
     degraded: bool
 
 
-@dataclass(frozen=True)
-class Offload:
+class Offload(Struct, frozen=True):
     """Send the features up."""
 
     route: Route
