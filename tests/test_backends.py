@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -190,3 +193,12 @@ def test_the_tflite_runtime_is_chosen_by_what_works(
     else:
         with pytest.raises(BackendError, match=chosen):
             tflite_backend.interpreter_module()
+
+
+def test_a_runtime_that_does_not_load_is_a_named_error(tmp_path: Path) -> None:
+    """A wheel whose native part fails, as under Ctrl-C or on another processor, is no ImportError to an app."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('initialization failed')")
+    code = "from kinflow.backends.onnx import OnnxRunner; OnnxRunner(b'', None, 1)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "BackendError: ONNX Runtime is installed but does not load: initialization failed" in ended.stderr

@@ -19,7 +19,10 @@ class OnnxRunner:
     def __init__(self, data: bytes, graph: Graph, threads: int) -> None:
         if find_spec("onnxruntime") is None:
             raise BackendError("ONNX Runtime is not installed: pip install 'kinflow[onnx]'")
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ImportError as exc:  # a wheel for another processor; also Ctrl-C while it loads
+            raise BackendError(f"ONNX Runtime is installed but does not load: {exc}: see `kinflow doctor`") from exc
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
