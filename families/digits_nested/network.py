@@ -1,0 +1,95 @@
+"""A small vision transformer for 8x8 pixels: 2x2 patches, so 16 tokens; divided in the middle."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kinflow_builder.nested_trunk import Divided, Passage
+from kinflow_builder.quantiser import Bottleneck
+
+LABELS = 10
+TOKENS = 16
+
+
+class Patches(nn.Module):  # type: ignore[misc]
+    """Image -> tokens [n, tokens, width], each with its place added."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(1, width, 2, 2)
+        self.places = nn.Parameter(torch.randn(TOKENS, width) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(x).flatten(2).transpose(1, 2) + self.places
+
+
+class Attention(nn.Module):  # type: ignore[misc]
+    """Self-attention of all tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = (len(x), TOKENS, self.heads, -1)
+        parts = (part(x).reshape(split).transpose(1, 2) for part in (self.query, self.key, self.value))
+        return self.mix(functional.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape))
+
+
+class Block(nn.Module):  # type: ignore[misc]
+    """Attention, then two layers on each token alone; both beside an identity."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class ToFeatures(nn.Module):  # type: ignore[misc]
+    """Tokens [n, tokens, width] -> hidden values [n, width, tokens, 1]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).unsqueeze(3)
+
+
+class ToTokens(nn.Module):  # type: ignore[misc]
+    """And back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze(3).transpose(1, 2)
+
+
+class Head(nn.Module):  # type: ignore[misc]
+    """Mean of the tokens, then one linear layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, LABELS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(x).mean(1))
+
+
+def network(width: int, heads: int, blocks: int, divide: int) -> Divided:
+    """`divide`: blocks before the split."""
+    lower = [Patches(width), *(Block(width, heads) for _ in range(divide)), ToFeatures()]
+    upper = [ToTokens(), *(Block(width, heads) for _ in range(blocks - divide)), Head(width)]
+    return Divided(nn.Sequential(*lower), nn.Sequential(*upper))
+
+
+def passage(width: int, channels: int) -> Passage:
+    """`channels`: of the features."""
+    return Passage("s1", Bottleneck(width, channels, step=1.0), nn.Conv2d(channels, width, 1))
