@@ -11,6 +11,8 @@ from kinflow_builder.quantiser import Bottleneck
 
 LABELS = 10
 TOKENS = 16
+# A convolution before the patches: with a thousand images, attention alone learns neighbourhood slowly.
+STEM = 16
 
 
 class Patches(nn.Module):  # type: ignore[misc]
@@ -18,7 +20,7 @@ class Patches(nn.Module):  # type: ignore[misc]
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.project = nn.Conv2d(1, width, 2, 2)
+        self.project = nn.Sequential(nn.Conv2d(1, STEM, 3, 1, 1), nn.GELU(), nn.Conv2d(STEM, width, 2, 2))
         self.places = nn.Parameter(torch.randn(TOKENS, width) * 0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
