@@ -1,73 +1,55 @@
-"""A family of prefixes as a trunk: the device's part up to the split, every larger member's rest from there on."""
+"""Way three of aligning: a family of prefixes as a trunk, with shared factors that all members train together.
+
+The device has the model's layers at its own ranks; each larger member takes over at the split, with the remaining
+layers at larger ranks.
+"""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import itertools
 
 import torch
 from torch import nn
 
 from kinflow.errors import SettingsError
 from kinflow_builder import nested
+from kinflow_builder.branches import around
 from kinflow_builder.nested import Ranks
-from kinflow_builder.quantiser import Bottleneck
 from kinflow_builder.trunk import Pass, Segment, Trunk
 
 
-class Divided(nn.Module):  # type: ignore[misc]
-    """A network in two parts: `lower` gives hidden values [n, channels, height, width], `upper` their logits.
-
-    Of tokens, hidden values are [n, channels, tokens, 1].
-    """
-
-    def __init__(self, lower: nn.Module, upper: nn.Module) -> None:
-        super().__init__()
-        self.lower = lower
-        self.upper = upper
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.upper(self.lower(x))
-
-
-@dataclass(frozen=True)
-class Passage:
-    """The way of the features over a split."""
-
-    split: str
-    bottleneck: Bottleneck
-    restore: nn.Module
-    """Features -> hidden values, at the larger member."""
-
-
 class NestedTrunk(Trunk):
-    """Trains all members at once, each step: shared factors learn from every member that has them.
+    """Trains all members at once: what they share learns from every member that has it.
 
-    A larger member's rest is fed in two ways, item by item: by the device's quantised features, as in service, and
-    by the features of its own lower part at its own ranks. The same rest has to understand both, which is what keeps
-    the prefixes' hidden features aligned. The lower parts of larger members serve training alone.
+    A larger member's segment is fed in two ways, item by item: with the device's quantised features, as in
+    service, and with those that its own lower layers, at its own ranks, would send. It has to understand both, and
+    that keeps the prefixes' hidden features aligned. The larger members' lower layers serve training alone.
     """
 
-    def __init__(self, segments: list[Segment], own_lower: dict[str, nn.Module]) -> None:
+    def __init__(self, segments: list[Segment], lower: dict[str, nn.Module]) -> None:
         super().__init__(segments)
-        self.own_lower = nn.ModuleDict(own_lower)
+        self.lower = nn.ModuleDict(lower)
 
-    def forward(self, x: torch.Tensor, unquantised: torch.Tensor | None = None) -> Pass:
-        """`unquantised`: bool [n], the items whose features are each member's own; None: all are the device's."""
+    def forward(self, x: torch.Tensor, coarseness: torch.Tensor | None = None) -> Pass:
+        """`coarseness`: float32 [n], each item's steps in trained ones; 0: each member's own features as they are."""
+        if coarseness is None:
+            return super().forward(x)
         first, *larger = self.segments
-        kept, logits = first(x)
-        coded = first.bottleneck.quantise(kept)
-        answers = {first.exit: logits}
-        for segment in larger:
-            given = coded
-            if unquantised is not None:
-                given = torch.where(unquantised.view(-1, 1, 1, 1), self.own_features(segment.name, x).float(), coded)
-            (answers[segment.exit],) = segment(given)
-        return Pass(answers, {first.split: kept})
+        hidden = [first.layers(x), *(self.lower[segment.name](x) for segment in larger)]
+        # As one batch: the normalisation in the bottleneck then is the same for all of them.
+        kept, *own = first.bottleneck(torch.cat(hidden)).chunk(len(hidden))
+        coded = first.bottleneck.quantise(kept, coarseness)
+        logits = {first.exit: first.branch(hidden[0])}
+        alone = (coarseness == 0).view(-1, 1, 1, 1)
+        for segment, features in zip(larger, own, strict=True):
+            (logits[segment.exit],) = segment(torch.where(alone, features.float(), coded))
+        return Pass(logits, {first.split: kept})
 
-    def own_features(self, segment: str, x: torch.Tensor) -> torch.Tensor:
-        """What the member of this segment would send itself of the images `x`, before quantisation."""
-        return self.segments[0].bottleneck(self.own_lower[segment](x))
+    def own_logits(self, segment: Segment, x: torch.Tensor) -> torch.Tensor:
+        """Of a larger member that runs by itself: its own lower layers, nothing quantised."""
+        (logits,) = segment(self.segments[0].bottleneck(self.lower[segment.name](x)))
+        return logits
 
     def shipped(self) -> Trunk:
         """The same function of ordinary layers, without what serves training alone."""
@@ -86,30 +68,28 @@ class NestedTrunk(Trunk):
         return Trunk(parts).train(self.training)
 
 
-def nested_trunk(model: nn.Module, members: dict[str, Ranks], passage: Passage) -> NestedTrunk:
-    """`model`: a Divided one, factored. `members`: their ranks, smallest first; segments and exits get their names.
+def nested_trunk(
+    model: nn.Sequential, blocks: int, members: dict[str, Ranks], example: torch.Tensor, channels: int, split: str
+) -> NestedTrunk:
+    """`model`: factored, its blocks in order; after `blocks` of them is the split, with features of `channels`.
 
-    Raises SettingsError unless every member's ranks are at least those of the member before.
+    `members`: their ranks, smallest first; segments and exits get their names. `example`: an input of one item.
+    Raises SettingsError unless each member is at least as large as the one before, in every layer.
     """
-    names = list(members)
-    for smaller, larger in zip(names, names[1:], strict=False):
-        shrunk = [layer for layer, rank in members[smaller].items() if rank > members[larger].get(layer, 0)]
+    for (small, less), (large, more) in itertools.pairwise(members.items()):
+        shrunk = [layer for layer, rank in less.items() if rank > more.get(layer, 0)]
         if shrunk:
-            raise SettingsError(f"member {larger!r} is not larger than {smaller!r} in the layers {', '.join(shrunk)}")
+            raise SettingsError(f"member {large!r} is smaller than {small!r} in the layers {', '.join(shrunk)}")
+    with torch.no_grad():
+        hidden = model.eval()[:blocks](example)
+    bottleneck, restore = around(hidden, channels)
     prefixes = {name: nested.prefix(model, ranks) for name, ranks in members.items()}
-    first, *rest = names
-    segments = [
-        Segment(
-            first,
-            prefixes[first].lower,
-            split=passage.split,
-            bottleneck=passage.bottleneck,
-            exit=first,
-            branch=prefixes[first].upper,
-        )
+    first, *larger = members
+    lower = {name: prefix[:blocks] for name, prefix in prefixes.items()}
+    upper = {name: prefix[blocks:] for name, prefix in prefixes.items()}
+    device = Segment(first, lower[first], split=split, bottleneck=bottleneck, exit=first, branch=upper[first])
+    rest = [
+        Segment(name, copy.deepcopy(nn.Sequential(*restore)), source=split, exit=name, branch=upper[name])
+        for name in larger
     ]
-    segments += [
-        Segment(name, copy.deepcopy(passage.restore), source=passage.split, exit=name, branch=prefixes[name].upper)
-        for name in rest
-    ]
-    return NestedTrunk(segments, {name: prefixes[name].lower for name in rest})
+    return NestedTrunk([device, *rest], {name: lower[name] for name in larger})

@@ -1,13 +1,10 @@
-"""A small vision transformer for 8x8 pixels: 2x2 patches, so 16 tokens; divided in the middle."""
+"""A small vision transformer for 8x8 pixels: 2x2 patches, so 16 tokens. It knows nothing of families."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-from kinflow_builder.nested_trunk import Divided, Passage
-from kinflow_builder.quantiser import Bottleneck
 
 LABELS = 10
 TOKENS = 16
@@ -59,20 +56,6 @@ class Block(nn.Module):  # type: ignore[misc]
         return x + self.mlp(x)
 
 
-class ToFeatures(nn.Module):  # type: ignore[misc]
-    """Tokens [n, tokens, width] -> hidden values [n, width, tokens, 1]."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.transpose(1, 2).unsqueeze(3)
-
-
-class ToTokens(nn.Module):  # type: ignore[misc]
-    """And back."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.squeeze(3).transpose(1, 2)
-
-
 class Head(nn.Module):  # type: ignore[misc]
     """Mean of the tokens, then one linear layer."""
 
@@ -85,13 +68,5 @@ class Head(nn.Module):  # type: ignore[misc]
         return self.linear(self.norm(x).mean(1))
 
 
-def network(width: int, heads: int, blocks: int, divide: int) -> Divided:
-    """`divide`: blocks before the split."""
-    lower = [Patches(width), *(Block(width, heads) for _ in range(divide)), ToFeatures()]
-    upper = [ToTokens(), *(Block(width, heads) for _ in range(blocks - divide)), Head(width)]
-    return Divided(nn.Sequential(*lower), nn.Sequential(*upper))
-
-
-def passage(width: int, channels: int) -> Passage:
-    """`channels`: of the features."""
-    return Passage("s1", Bottleneck(width, channels, step=1.0), nn.Conv2d(channels, width, 1))
+def make(width: int, heads: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(Patches(width), *(Block(width, heads) for _ in range(blocks)), Head(width))
