@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -117,10 +118,8 @@ def test_damage_is_found_or_harmless(codec: TokenMergeCodec, seed: int, data: st
     place = data.draw(st.integers(0, len(coded) - 1))
     changed = bytearray(coded)
     changed[place] ^= data.draw(st.integers(1, 255))
-    try:
+    with contextlib.suppress(CodecError):
         assert codec.decode(bytes(changed)).shape == codec.shape
-    except CodecError:
-        pass
 
 
 def test_fewer_clusters_than_promised_are_refused() -> None:

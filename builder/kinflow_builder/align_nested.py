@@ -1,4 +1,4 @@
-"""From a plain model and a recipe's [nested] to a trained trunk: whole model, factors, members, all members together."""
+"""From a plain model and a recipe's [nested] to a trained trunk: the whole alone, factors, all members together."""
 
 from __future__ import annotations
 

@@ -38,12 +38,12 @@ class Factors(nn.Module):  # type: ignore[misc]
 
     @property
     def components(self) -> int:
-        return int(self.enter.shape[0])
+        return len(self.enter)
 
     def parameters_at(self, rank: int) -> int:
         """Of the cheaper form: two factors, or one matrix."""
         inputs, outputs = self.enter.shape[1], self.leave.shape[0]
-        return min(rank * (inputs + outputs), inputs * outputs)
+        return int(min(rank * (inputs + outputs), inputs * outputs))
 
     def dense_at(self, rank: int) -> bool:
         """Whether one matrix is the cheaper form."""

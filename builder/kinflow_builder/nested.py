@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -35,24 +36,28 @@ def order(model: nn.Module) -> list[Step]:
     outputs', so that layers of different scales can be compared.
     """
     layers = {name: layer.factors for name, layer in factored_layers(model).items()}
-    ranks = dict.fromkeys(layers, 1)
-    waiting = {name: _next(factors, 1) for name, factors in layers.items()}
+    waiting = {name: _next(factors, 1) for name, factors in layers.items() if factors.components > 1}
     steps = []
-    while any(found is not None for found in waiting.values()):
-        best = max((name for name, found in waiting.items() if found is not None), key=lambda name: waiting[name][1])
-        rank = ranks[best] = waiting[best][0]
+    while waiting:
+        best = max(waiting, key=lambda name: waiting[name].energy_per_parameter)
+        rank = waiting.pop(best).rank
         steps.append(Step(best, rank))
-        waiting[best] = _next(layers[best], rank)
+        if rank < layers[best].components:
+            waiting[best] = _next(layers[best], rank)
     return steps
 
 
-def _next(factors: Factors, rank: int) -> tuple[int, float] | None:
-    """The rank after the next step and that step's energy per parameter; None at full rank."""
-    if rank == factors.components:
-        return None
+class _Growth(NamedTuple):
+    """A layer's next step: the rank after it, and what it brings."""
+
+    rank: int
+    energy_per_parameter: float
+
+
+def _next(factors: Factors, rank: int) -> _Growth:
     reached = factors.components if factors.dense_at(rank + 1) else rank + 1
     energy = float(factors.energy[rank:reached].sum())
-    return reached, energy / max(1, factors.parameters_at(reached) - factors.parameters_at(rank))
+    return _Growth(reached, energy / max(1, factors.parameters_at(reached) - factors.parameters_at(rank)))
 
 
 def full(model: nn.Module) -> Ranks:
@@ -62,7 +67,7 @@ def full(model: nn.Module) -> Ranks:
 
 def parameters(model: nn.Module) -> float:
     """Their number; the usual measure of `fit`."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return float(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def fit(model: nn.Module, limit: float, measure: Callable[[nn.Module], float] = parameters) -> Ranks:
@@ -76,7 +81,7 @@ def fit(model: nn.Module, limit: float, measure: Callable[[nn.Module], float] = 
     least = dict.fromkeys(factored_layers(model), 1)
     size = measure(cut(model, least))
     if size > limit:
-        raise SettingsError(f"the smallest member, rank 1 in every layer, measures {size:.4g}: the limit is {limit:.4g}")
+        raise SettingsError(f"rank 1 in every layer, the smallest member, measures {size:.4g}: over {limit:.4g}")
 
     def after(count: int) -> Ranks:
         return {**least, **{step.layer: step.rank for step in steps[:count]}}

@@ -65,7 +65,9 @@ class NestedTrunk(Trunk):
             )
             for segment in self.segments
         ]
-        return Trunk(parts).train(self.training)
+        trunk = Trunk(parts)
+        trunk.train(self.training)
+        return trunk
 
 
 def nested_trunk(
