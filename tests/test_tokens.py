@@ -122,6 +122,15 @@ def test_damage_is_found_or_harmless(codec: TokenMergeCodec, seed: int, data: st
         assert codec.decode(bytes(changed)).shape == codec.shape
 
 
+def test_worked_example_of_the_protocol() -> None:
+    """Clusters 0, 0, 1, 2, 1 of 3 are the byte 0x16, as docs/protocol.md says."""
+    codec = make((1, 5, 1), 3)
+    assert codec._pack(np.array([0, 0, 1, 2, 1])) == b"\x16"
+    assert codec._unpack(b"\x16") == [0, 0, 1, 2, 1]
+    with pytest.raises(CodecError, match="do not decode"):
+        codec._unpack(b"\x60")
+
+
 def test_fewer_clusters_than_promised_are_refused() -> None:
     """A number that leaves a cluster without tokens is no encoder's: all zeros say that one cluster has all."""
     codec = make((2, 8, 1), 4)

@@ -73,9 +73,9 @@ def parameters(model: nn.Module) -> float:
 def fit(model: nn.Module, limit: float, measure: Callable[[nn.Module], float] = parameters) -> Ranks:
     """Ranks of the largest member with `measure(member) <= limit`.
 
-    `measure` gets a member of ordinary layers and gives its size: parameters, or for example seconds on the
-    machine that will run it (`kinflow_builder.latency`). It should grow with the ranks; it is called about eight
-    times. Raises SettingsError when even rank 1 in every layer is too much.
+    `measure` gets a member of ordinary layers and gives its size: parameters, or for example the seconds that an
+    image takes (budget.py). It should grow with the ranks; it is called about eight times. Raises SettingsError when
+    even rank 1 in every layer is too much.
     """
     steps = order(model)
     least = dict.fromkeys(factored_layers(model), 1)
