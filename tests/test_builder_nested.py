@@ -243,7 +243,9 @@ def digits() -> tuple[Recipe, Inputs, Inputs]:
         recipe,
         training=training,
         network=msgspec.structs.replace(recipe.network, options={"width": 24, "heads": 2, "blocks": 2}),
-        nested=msgspec.structs.replace(recipe.nested, after="1", keep=["0", "3"], epochs=4, channels=6),
+        nested=msgspec.structs.replace(
+            recipe.nested, after="1", keep=["0", "3"], epochs=4, channels=6, sizes={"device": 0.5, "edge": 0.7}
+        ),
     )
     found = data.load(recipe, DIGITS)
     return small, Inputs.read(found.train, recipe.preprocess), Inputs.read(found.test, recipe.preprocess)
@@ -258,8 +260,8 @@ def test_whole_way_on_digits(tmp_path: Path) -> None:
     network = make_network(DIGITS, recipe.network)
     found, cutting = train_nested(recipe, network, training, test, tmp_path / "work", log, fresh=False)
     sizes = {name: nested.parameters(nested.cut(cutting.model, ranks)) for name, ranks in cutting.members.items()}
-    assert sizes["device"] <= 0.25 * sizes["cloud"]
-    assert sizes["edge"] <= 0.5 * sizes["cloud"]
+    assert sizes["device"] <= 0.5 * sizes["cloud"]
+    assert sizes["edge"] <= 0.7 * sizes["cloud"]
     assert min(evaluate(found, test).values()) > 0.5
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert sum("epoch" in line and "loss" in line for line in lines) == 10

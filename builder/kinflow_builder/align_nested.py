@@ -53,7 +53,7 @@ def train_nested(
     cutting.members.update(_members(cutting.model, recipe))
     for name, ranks in cutting.members.items():
         size = nested.parameters(nested.cut(cutting.model, ranks))
-        log.line(f"{name}: {size:,} parameters, ranks {' '.join(map(str, ranks.values()))}")
+        log.line(f"{name}: {size:,.0f} parameters, ranks {' '.join(map(str, ranks.values()))}")
     torch.manual_seed(recipe.training.seed)
     (split,) = recipe.coding
     trunk = nested_trunk(cutting.model, after, cutting.members, example, chosen.channels, split)
