@@ -82,7 +82,8 @@ def train(
 
     `append`: the log has lines already that belong before these. `teacher`: from images to logits; then it teaches
     all exits, not the last one the others. The state is saved in `work` after every epoch; the next call goes on from
-    there, with the same result as in one go, unless `fresh`. Raises SettingsError when the saved state is of another recipe.
+    there, with the same result as in one go, unless `fresh`. Raises SettingsError when the saved state is of another
+    recipe.
     """
     settings = recipe.training
     path = work / "checkpoint.pt"
