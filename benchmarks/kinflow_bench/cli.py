@@ -16,6 +16,7 @@ from kinflow_bench.timing import machine
 app = typer.Typer(help="Measure what the project claims; each prints the figure under `ratio` and all beside it.")
 
 FASHION = Path("families/fashion")
+DIGITS = Path("families/digits_nested")
 Family = Annotated[Path, typer.Argument(help="Folder of a family, or its bundle.")]
 Data = Annotated[
     Path | None,
@@ -87,7 +88,7 @@ def codec(
     as_json: Json = False,
 ) -> None:
     """Bytes at equal accuracy (BD-rate): features against JPEG and WebP, all of them to the largest member."""
-    _need_scipy()
+    _need("scipy", "certify")
     from kinflow_bench import codec as bench
 
     _print(bench.run(family, data, images or None), as_json)
@@ -107,16 +108,31 @@ def certificate(
     as_json: Json = False,
 ) -> None:
     """How often a certified threshold breaks its promise, over random calibration samples."""
-    _need_scipy()
+    _need("scipy", "certify")
     from kinflow_bench import certificate as bench
 
     _print(bench.run(family, data, splits, epsilon, delta), as_json)
 
 
-def _need_scipy() -> None:
+@app.command()
+def nested(
+    family: Annotated[Path, typer.Argument(help="Folder of a family with [nested] in its recipe.")] = DIGITS,
+    data: Annotated[Path | None, typer.Option(help="Folder with the images.", show_default=False)] = None,
+    folds: Annotated[int, typer.Option(help="Parts of all images; each is tested on once.", min=2)] = 5,
+    only: Annotated[int | None, typer.Option(help="This fold alone, from 0.", min=0, show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Top-1 of every prefix member as served, less that of a model of its size trained alone."""
+    _need("torch", "builder")
+    from kinflow_bench import nested as bench
+
+    _print(bench.run(family, data, folds, only), as_json)
+
+
+def _need(module: str, extra: str) -> None:
     # Not in the extra `bench`, which every demo installs.
-    if find_spec("scipy") is None:
-        raise BackendError("this benchmark needs scipy: pip install 'kinflow[certify]'")
+    if find_spec(module) is None:
+        raise BackendError(f"this benchmark needs {module}: pip install 'kinflow[{extra}]'")
 
 
 def _bundle(family: Path) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kinflow.errors import SettingsError
+from kinflow_builder.align_nested import train_nested
 from kinflow_builder.blocks import blocks_of
 from kinflow_builder.branches import trunk_of
 from kinflow_builder.recipe import Recipe
@@ -24,10 +25,14 @@ def aligned(build: Build, *, fresh: bool) -> Trunk:
 
     recipe = build.recipe
     network = make_network(build.folder, recipe.network)
+    training, held_out = (Inputs.read(part, recipe.preprocess) for part in (build.images.train, build.images.held_out))
+    if recipe.nested is not None:
+        prefixes, _ = train_nested(recipe, network, training, held_out, build.work, build.log, fresh=fresh)
+        check_names(recipe, prefixes)
+        return prefixes.shipped()
     teacher = network if recipe.branches is not None and recipe.branches.teacher else None
     trunk = trunk_from(recipe, network)
     check_names(recipe, trunk)
-    training, held_out = (Inputs.read(part, recipe.preprocess) for part in (build.images.train, build.images.held_out))
     return train(trunk, recipe, training, held_out, build.work, build.log, fresh=fresh, teacher=teacher)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from kinflow import manifest as spec
 from kinflow.codec import UniformCodec
 from kinflow.family import INPUT
+from kinflow.tokens import FeatureCodec
 from kinflow_builder import bundle, codecs
 from kinflow_builder.cost import cost
 from kinflow_builder.export import Array, export_onnx
 from kinflow_builder.export_tflite import export_tflite
 from kinflow_builder.log import BuildLog
+from kinflow_builder.measure import median_s
 from kinflow_builder.recipe import Coding, Recipe
 from kinflow_builder.trunk import Segment, Trunk
 
@@ -103,9 +106,17 @@ def _fit(
         made.append(codecs.fit(name, fitting, measured, bottleneck.step * wider, 4, coding.context))
     # Four bits more, the same range; a table of each position's 256 levels would be larger than what it saves.
     made.append(codecs.fit(f"{split}-q8", fitting, measured, bottleneck.step / 16, 8))
-    for fitted in made:
+    merging = [
+        codecs.fit_merging(
+            f"{split}-m{merge.clusters}", fitting, measured, bottleneck.step, merge.clusters, merge.neighbours
+        )
+        for merge in coding.merging
+    ]
+    every: list[codecs.FittedCodec[FeatureCodec]] = [*made, *merging]
+    for fitted in every:
         assert fitted.spec.table is not None  # fit makes range coders
         (stage / fitted.spec.table.path).write_bytes(fitted.table)
-        log.line(f"{fitted.codec.name}: {fitted.spec.bytes_mean:.1f} bytes per item")
-    specs = {fitted.codec.name: fitted.spec for fitted in made}
+        encode_ms = 1e3 * median_s(partial(fitted.codec.encode, measured[0]))
+        log.line(f"{fitted.codec.name}: {fitted.spec.bytes_mean:.1f} bytes per item, encoded in {encode_ms:.2f} ms")
+    specs = {fitted.codec.name: fitted.spec for fitted in every}
     return spec.Split(list(fitting.shape[1:]), specs, f"{split}-q4"), made[0].codec

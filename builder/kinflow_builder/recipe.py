@@ -91,6 +91,21 @@ class Branches(_Strict, frozen=True):
     """The model as it was given teaches all exits, on top of the labels."""
 
 
+class Nested(_Strict, frozen=True):
+    """A plain model as a family of prefixes: factored, and every member cut out of the same factors."""
+
+    after: str
+    """Name of the block behind which the split is, as `kinflow build` lists them."""
+    channels: Positive
+    """Of the features at the split."""
+    sizes: dict[Name, Fraction]
+    """Parameters of every member but the last, as a share of the whole model's. The last one is the whole."""
+    epochs: Positive
+    """Of the whole model, before it is factored; `training.epochs` then train all members together."""
+    keep: list[str] = []
+    """Modules that no member shrinks, by their names in the model; first layers and heads are worth it."""
+
+
 class Training(_Strict, frozen=True):
     """Stochastic gradient descent with Nesterov momentum, one learning-rate cycle, averaged weights."""
 
@@ -124,6 +139,13 @@ class Training(_Strict, frozen=True):
     threads: Positive
 
 
+class Merging(_Strict, frozen=True):
+    """A codec `<split>-m<clusters>` that merges like tokens first (kinflow/tokens.py)."""
+
+    clusters: Positive
+    neighbours: Positive
+
+
 class Coding(_Strict, frozen=True):
     """One split's codecs: `<split>-q4`, the default one, coarser ones, and `<split>-q8`, 16 times as fine."""
 
@@ -133,6 +155,8 @@ class Coding(_Strict, frozen=True):
     """What shares statistics: a channel's values, or none, for images that all have the same layout."""
     coarser: list[Annotated[float, msgspec.Meta(gt=1, le=COARSEST)]] = []
     """Steps of further codecs `<split>-q4x…`, in steps of `<split>-q4`: fewer bytes for a slow link."""
+    merging: list[Merging] = []
+    """Further codecs, for features of many tokens."""
 
 
 class Exit(_Strict, frozen=True):
@@ -164,6 +188,8 @@ class Recipe(_Strict, frozen=True):
     exits: dict[Name, Exit]
     branches: Branches | None = None
     """For a network that is no Trunk yet."""
+    nested: Nested | None = None
+    """For such a network too, instead of `branches`."""
 
     @classmethod
     def load(cls, folder: Path) -> Recipe:
@@ -184,6 +210,6 @@ class Recipe(_Strict, frozen=True):
         Exits and texts are not part of it: certificates can be made anew without training again.
         """
         budgets = {split: coding.bytes_target for split, coding in self.coding.items()}
-        ways = [way for way in (self.branches,) if way is not None]
+        ways = [way for way in (self.branches, self.nested) if way is not None]
         trained = (self.data, self.preprocess, self.network, self.training, budgets, *ways)
         return hashlib.sha256(msgspec.json.encode(trained, order="deterministic")).hexdigest()

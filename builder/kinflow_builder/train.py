@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +76,14 @@ def train(
     *,
     fresh: bool,
     teacher: nn.Module | None = None,
+    append: bool = False,
 ) -> Trunk:
     """`trunk` with the averaged weights after the recipe's epochs, in evaluation mode.
 
-    `teacher`: from images to logits; then it teaches all exits, not the last one the others. The state is saved in
-    `work` after every epoch; the next call goes on from there, with the same result as in one go, unless `fresh`.
-    Raises SettingsError when the saved state is of another recipe.
+    `append`: the log has lines already that belong before these. `teacher`: from images to logits; then it teaches
+    all exits, not the last one the others. The state is saved in `work` after every epoch; the next call goes on from
+    there, with the same result as in one go, unless `fresh`. Raises SettingsError when the saved state is of another
+    recipe.
     """
     settings = recipe.training
     path = work / "checkpoint.pt"
@@ -88,7 +91,8 @@ def train(
         path.unlink(missing_ok=True)
     state = checkpoint.load(path, recipe.digest())
     if state is None:
-        log.truncate()
+        if not append:
+            log.truncate()
         log.line(f"{recipe.id} {recipe.version}: {len(data)} training images, seed {settings.seed}")
     trainer = Trainer(trunk, recipe, data, teacher)
     if state is not None:
@@ -192,13 +196,18 @@ class Trainer:
     def _update_average(self, done: int) -> None:
         """Exponential average of the weights; its memory grows with the steps at first."""
         decay = min(self.settings.average, (1 + done) / (10 + done))
-        average, trunk = self.average.state_dict().values(), self.trunk.state_dict().values()
+        # Not state_dict(), which names a tensor that two members share twice.
+        pairs = zip(_tensors(self.average), _tensors(self.trunk), strict=True)
         with torch.no_grad():
-            for mean, now in zip(average, trunk, strict=True):
+            for mean, now in pairs:
                 if mean.dtype.is_floating_point:
                     mean.lerp_(now, 1 - decay)
                 else:
                     mean.copy_(now)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def learning_rate(settings: Training, progress: float) -> float:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kinflow.codec import UniformCodec
 from kinflow.errors import FamilyMismatch
 from kinflow.family import INPUT, Family, Member
 from kinflow.manifest import Exit
 from kinflow.messages import Request, Served
+from kinflow.tokens import FeatureCodec
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Entry:
 
     split: str
     member: Member
-    codecs: dict[str, UniformCodec]
+    codecs: dict[str, FeatureCodec]
     shape: tuple[int, ...]
 
 
@@ -72,7 +72,7 @@ class ServedFamily:
         splits = {split: list(entry.codecs) for split, entry in self.entries.items()}
         return Served(self.family.id, self.family.version, splits)
 
-    def entry(self, request: Request) -> tuple[Entry, UniformCodec]:
+    def entry(self, request: Request) -> tuple[Entry, FeatureCodec]:
         """Raises FamilyMismatch that names what differs."""
         if request.version != self.family.version:
             raise FamilyMismatch(

@@ -23,6 +23,7 @@ from kinflow import backends
 from kinflow.codec import UniformCodec
 from kinflow.errors import BundleError, CodecError, FamilyMismatch
 from kinflow.manifest import BackendName, File, Manifest, Preprocess
+from kinflow.tokens import FeatureCodec, TokenMergeCodec
 
 MANIFEST = "family.json"
 INPUT = "input"
@@ -39,7 +40,7 @@ class Family:
     manifest: Manifest
     files: dict[str, bytes]
     """Verified contents by path."""
-    codecs: dict[tuple[str, str], UniformCodec]
+    codecs: dict[tuple[str, str], FeatureCodec]
     """By split and name."""
 
     @classmethod
@@ -75,7 +76,7 @@ class Family:
     def preprocess(self) -> Preprocess:
         return self.manifest.preprocess
 
-    def codec(self, split: str, name: str = "") -> UniformCodec:
+    def codec(self, split: str, name: str = "") -> FeatureCodec:
         """The codec called `name` at `split`, the split's default one without a name. Raises FamilyMismatch."""
         spec = self.manifest.splits.get(split)
         if spec is None:
@@ -235,13 +236,14 @@ def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -
     return data
 
 
-def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dict[tuple[str, str], UniformCodec]:
-    codecs = {}
+def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dict[tuple[str, str], FeatureCodec]:
+    codecs: dict[tuple[str, str], FeatureCodec] = {}
     for split, spec in manifest.splits.items():
         channels, height, width = spec.shape
         for name, codec in spec.codecs.items():
             try:
-                codecs[split, name] = UniformCodec.from_spec(
+                made: type[FeatureCodec] = TokenMergeCodec if codec.kind == "token-merge" else UniformCodec
+                codecs[split, name] = made.from_spec(
                     name, (channels, height, width), codec, files[codec.table.path] if codec.table else None
                 )
             except CodecError as exc:

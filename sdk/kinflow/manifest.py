@@ -59,21 +59,32 @@ class Segment(_Strict, frozen=True):
     parameters: Positive
 
 
-class Codec(_Strict, frozen=True):
-    """Features <-> bytes at one split (codec.py). `kind` decides what the other fields mean."""
+class Merge(_Strict, frozen=True):
+    """How the tokens of one item are merged before they are coded (tokens.py)."""
 
-    kind: Literal["uniform", "uniform-rans"]
+    clusters: Positive
+    """Tokens that are left."""
+    neighbours: Positive
+    """Nearest tokens that a token's density is taken from."""
+
+
+class Codec(_Strict, frozen=True):
+    """Features <-> bytes at one split (codec.py, tokens.py). `kind` decides what the other fields mean."""
+
+    kind: Literal["uniform", "uniform-rans", "token-merge"]
     bits: Literal[4, 8]
     step: Annotated[list[PositiveFloat], msgspec.Meta(min_length=1)]
     """Quantisation step per channel."""
     zero: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=255)]], msgspec.Meta(min_length=1)]
     """The level that stands for 0.0, per channel."""
     table: File | None
-    """For `uniform-rans`: uint16 little-endian frequencies, a row per context; each row sums to 2**14."""
+    """For `uniform-rans` and `token-merge`: uint16 little-endian frequencies, a row per context; each sums to 2**14."""
     bytes_mean: Annotated[float, msgspec.Meta(gt=0)]
     """Mean coded size on the calibration images."""
     context: Literal["channel", "position"] = "channel"
     """Which values share a row of the table: a channel's, [channels, 256], or none, [values, 2**bits]."""
+    merge: Merge | None = None
+    """For `token-merge` alone."""
 
 
 class Split(_Strict, frozen=True):
