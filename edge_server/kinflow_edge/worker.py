@@ -147,7 +147,7 @@ class Worker:
             self._refuse_busy(request, queue_s)
             return
         features = codec.decode(payload)
-        kept = payload if model.forwards else b""
+        kept = bytes(payload) if model.forwards else b""
         job = Job(request, model, entry, features, kept, arrived_s, time.monotonic(), arrived_s + budget_s)
         if not self._batcher.put(job):
             self._refuse_busy(request, queue_s)

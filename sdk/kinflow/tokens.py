@@ -73,7 +73,7 @@ class TokenMergeCodec:
         means, numbers = self.merge(features)
         return self._pack(numbers) + self.means.encode(means)
 
-    def decode(self, data: bytes) -> Features:
+    def decode(self, data: bytes | memoryview) -> Features:
         """Features of one item, float32: each token gets its cluster's mean.
 
         Raises CodecError when `data` is not what `encode` made.
@@ -109,7 +109,7 @@ class TokenMergeCodec:
             value = value * base + number
         return value.to_bytes(self._number_bytes, "little")
 
-    def _unpack(self, data: bytes) -> list[int]:
+    def _unpack(self, data: bytes | memoryview) -> list[int]:
         if len(data) != self._number_bytes:
             raise CodecError(f"coded features end among the tokens' clusters: {len(data)} bytes")
         value = int.from_bytes(data, "little")
