@@ -18,11 +18,12 @@ from kinflow.family import MANIFEST
 CLASSES = 10
 CODEC = "q8"
 SPLIT = "s1"
+SECOND = "s2"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A family of two members: `layers` 3×3 convolutions of `width` channels on the device, a mean on the server.
+    """A small family: `layers` 3×3 convolutions of `width` channels on the device, a mean on the server.
 
     Images are uint8 [side, side]; the features at the split are [channels, side, side] and cost about one byte a
     value: the images are noise and the codec's table is flat.
@@ -34,6 +35,8 @@ class Shape:
     width: int = 32
     coded: bool = True
     """False: the features travel as plain levels, which costs next to no time."""
+    chain: bool = False
+    """The edge member hands its own features on, at a second split; otherwise edge and cloud run the same."""
 
 
 def write(folder: Path, shape: Shape) -> Path:
@@ -53,6 +56,17 @@ def write(folder: Path, shape: Shape) -> Path:
         bytes_mean=float(np.prod(features)),
     )
     exits = manifest.Exit(temperature=1.0, threshold=1.0, accuracy=0.0)
+    split = manifest.Split(features, {CODEC: codec}, CODEC)
+    graphs: list[tuple[str, str | None, str, bytes, list[int]]] = [
+        ("input", SPLIT, "device", _device_graph(shape), image)
+    ]
+    if shape.chain:
+        graphs.append((SPLIT, SECOND, "edge", _middle_graph(shape), features))
+    graphs.append((SECOND if shape.chain else SPLIT, None, "cloud", _server_graph(shape), features))
+    segments = {
+        f"trunk{n}": _segment(folder, f"trunk{n}", graph, source, to, exit_, takes, features if to else None)
+        for n, (source, to, exit_, graph, takes) in enumerate(graphs)
+    }
     document = manifest.Manifest(
         schema=1,
         id="synthetic",
@@ -62,16 +76,13 @@ def write(folder: Path, shape: Shape) -> Path:
         license="Apache-2.0",
         labels=[f"class {n}" for n in range(CLASSES)],
         preprocess=manifest.Preprocess("L", shape.side, shape.side, [0.0], [1.0], "stretch"),
-        splits={SPLIT: manifest.Split(features, {CODEC: codec}, CODEC)},
-        segments={
-            "trunk0": _segment(folder, "trunk0", _device_graph(shape), "input", SPLIT, "device", image, features),
-            "trunk1": _segment(folder, "trunk1", _server_graph(shape), SPLIT, None, "cloud", features, None),
-        },
-        exits={"device": exits, "cloud": msgspec.structs.replace(exits, threshold=0.0)},
+        splits={SPLIT: split, SECOND: split} if shape.chain else {SPLIT: split},
+        segments=segments,
+        exits={exit_: msgspec.structs.replace(exits, threshold=float(bool(to))) for _, to, exit_, _, _ in graphs},
         members={
             "device": manifest.Member(["trunk0"]),
             "edge": manifest.Member(["trunk0", "trunk1"]),
-            "cloud": manifest.Member(["trunk0", "trunk1"]),
+            "cloud": manifest.Member(list(segments)),
         },
     )
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document)))
@@ -111,6 +122,13 @@ def _device_graph(shape: Shape) -> bytes:
         nodes.append(helper.make_node("Relu", [f"c{n}"], [f"r{n}"]))
         last, width = f"r{n}", shape.width
     return _model(nodes, weights, last, width, [1, shape.side, shape.side], [shape.channels, shape.side, shape.side])
+
+
+def _middle_graph(shape: Shape) -> bytes:
+    """Features -> the same, half as large, and logits."""
+    size = [shape.channels, shape.side, shape.side]
+    half = {"half": np.asarray(0.5, np.float32)}
+    return _model([helper.make_node("Mul", ["x", "half"], ["features"])], half, "x", shape.channels, size, size)
 
 
 def _server_graph(shape: Shape) -> bytes:
