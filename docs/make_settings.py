@@ -51,6 +51,9 @@ batch_size = 32
 
 [broker]
 listen = "0.0.0.0"
+
+[http]
+port = 9884
 ```
 """
 
@@ -66,6 +69,8 @@ def page() -> str:
         table(settings.ServerSettings),
         "\n### Table `[broker]`\n\nThe broker of a server: a running one, or one that it starts and stops.\n\n",
         table(settings.BrokerSettings),
+        "\n### Table `[http]`\n\nHealth and metrics of a server, over HTTP.\n\n",
+        table(settings.HttpSettings),
         SERVER_EXAMPLE,
     ]
     return "".join(parts)

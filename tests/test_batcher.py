@@ -12,14 +12,14 @@ from kinflow_edge.batcher import SMOOTHING, Batcher
 
 
 def batcher(size: int = 4, wait_s: float = 0.0, capacity: int = 100) -> Batcher[int]:
-    return Batcher(size=size, wait_s=wait_s, capacity=capacity)
+    return Batcher(size=size, wait_s=wait_s, capacity=capacity, per_client=capacity)
 
 
 def test_batches_are_what_has_come_up_to_the_size() -> None:
     """In order, without waiting for more."""
     queue = batcher(size=4)
     for item in range(6):
-        assert queue.put(item)
+        assert queue.put("device", item)
     assert queue.take() == [0, 1, 2, 3]
     assert queue.take() == [4, 5]
 
@@ -27,10 +27,10 @@ def test_batches_are_what_has_come_up_to_the_size() -> None:
 def test_a_full_queue_refuses() -> None:
     """Above the capacity put says False, and takes again once there is room."""
     queue = batcher(size=1, capacity=2)
-    assert [queue.put(item) for item in range(3)] == [True, True, False]
+    assert [queue.put("device", item) for item in range(3)] == [True, True, False]
     assert queue.take() == [0]
-    assert queue.put(3)
-    assert not queue.put(4)
+    assert queue.put("device", 3)
+    assert not queue.put("device", 4)
 
 
 def test_take_waits_for_the_first_item() -> None:
@@ -40,7 +40,7 @@ def test_take_waits_for_the_first_item() -> None:
         taken = pool.submit(queue.take)
         time.sleep(0.05)
         assert not taken.done()
-        queue.put(7)
+        queue.put("device", 7)
         assert taken.result(5) == [7]
 
 
@@ -52,14 +52,14 @@ def test_a_wait_lets_a_batch_fill() -> None:
         for item in range(3):
             time.sleep(0.02)
             assert not taken.done()
-            queue.put(item)
+            queue.put("device", item)
         assert taken.result(2) == [0, 1, 2]
 
 
 def test_a_wait_ends() -> None:
     """A batch that does not fill leaves when its wait is over, not before."""
     queue = batcher(size=3, wait_s=0.1)
-    queue.put(0)
+    queue.put("device", 0)
     start = time.monotonic()
     assert queue.take() == [0]
     assert 0.09 <= time.monotonic() - start < 2.0
@@ -69,17 +69,17 @@ def test_closing_ends_waits_and_leaves_what_is_queued() -> None:
     """After close nothing enters, what waits comes out, and then take says so with an empty batch."""
     queue = batcher(size=2, wait_s=60.0)
     with ThreadPoolExecutor(1) as pool:
-        queue.put(0)
+        queue.put("device", 0)
         taken = pool.submit(queue.take)
         time.sleep(0.05)
         queue.close()
         assert taken.result(5) == [0]
-    assert not queue.put(1)
+    assert not queue.put("device", 1)
     assert queue.take() == []
 
     queue = batcher(size=2)
     for item in range(3):
-        queue.put(item)
+        queue.put("device", item)
     queue.close()
     assert [queue.take() for _ in range(3)] == [[0, 1], [2], []]
 
@@ -102,7 +102,7 @@ def test_nothing_is_lost_or_doubled_under_load(wait_s: float) -> None:
 
     def put(first: int) -> None:
         for item in range(first, first + 500):
-            while not queue.put(item):
+            while not queue.put("device", item):
                 time.sleep(0.0005)
 
     def take() -> None:
@@ -126,15 +126,15 @@ def test_nothing_is_lost_or_doubled_under_load(wait_s: float) -> None:
 def test_the_queue_delay_is_learned_from_what_batches_cost() -> None:
     """The first batch sets the cost of an item, later ones are smoothed in; what waits is multiplied with it."""
     queue = batcher(size=4)
-    assert queue.queue_s() == 0.0
+    assert queue.queue_s("device") == 0.0
     queue.done(4, 0.4)
-    assert queue.queue_s() == pytest.approx(0.1)
+    assert queue.queue_s("device") == pytest.approx(0.1)
     queue.done(2, 0.6)
     per_item_s = (1 - SMOOTHING) * 0.1 + SMOOTHING * 0.3
-    assert queue.queue_s() == pytest.approx(per_item_s)
+    assert queue.queue_s("device") == pytest.approx(per_item_s)
     for item in range(3):
-        queue.put(item)
-    assert queue.queue_s() == pytest.approx(4 * per_item_s)
+        queue.put("device", item)
+    assert queue.queue_s("device") == pytest.approx(4 * per_item_s)
 
 
 def test_a_batch_being_computed_counts() -> None:
@@ -142,17 +142,17 @@ def test_a_batch_being_computed_counts() -> None:
     queue = batcher(size=4)
     queue.done(1, 0.1)
     for item in range(4):
-        queue.put(item)
+        queue.put("device", item)
     queue.take()
-    assert 0.3 < queue.queue_s() <= 0.5
+    assert 0.3 < queue.queue_s("device") <= 0.5
     queue.done(4, 0.4)
-    assert queue.queue_s() == pytest.approx(0.1)
+    assert queue.queue_s("device") == pytest.approx(0.1)
 
     queue = batcher()
     queue.done(1, 0.001)
-    queue.put(0)
+    queue.put("device", 0)
     queue.take()
     time.sleep(0.1)
-    early_s = queue.queue_s()
+    early_s = queue.queue_s("device")
     time.sleep(0.1)
-    assert queue.queue_s() > early_s + 0.05
+    assert queue.queue_s("device") > early_s + 0.05

@@ -425,7 +425,7 @@ def test_the_edge_server_is_found_and_preferred(announced: Path) -> None:
 
 
 def test_the_cloud_takes_over_when_the_edge_is_killed(announced: Path) -> None:
-    """The found edge server dies: after a while of local answers the other announced server is asked."""
+    """The found edge server dies: the other announced server is asked at once, and hardly an answer is local."""
     with Fleet([announced]) as fleet:
         _, edge = fleet.start_cloud_and_edge()
         with Device.open(announced, DeviceSettings(interfaces=[LOOPBACK])) as device:
@@ -434,4 +434,4 @@ def test_the_cloud_takes_over_when_the_edge_is_killed(announced: Path) -> None:
             os.kill(edge.pid, signal.SIGKILL)
             tiers = []
             wait_until(lambda: tiers.append(device.infer(IMAGES[0]).tier) or tiers[-1] == "cloud", 20)
-            assert "device" in tiers
+            assert tiers.count("device") < 5

@@ -23,7 +23,20 @@ from kinflow.frame import (
     pack,
     unpack,
 )
-from kinflow.messages import MAX_DEADLINE_MS, Busy, Failure, Hop, Message, NodeStatus, Reply, Request, Served
+from kinflow.messages import (
+    MAX_DEADLINE_MS,
+    Busy,
+    Cancel,
+    Echo,
+    Failure,
+    Hop,
+    Message,
+    NodeStatus,
+    Probe,
+    Reply,
+    Request,
+    Served,
+)
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 ids = st.binary(min_size=16, max_size=16)
@@ -45,12 +58,15 @@ replies = st.builds(
 )
 busies = st.builds(Busy, ids, names, times)
 failures = st.builds(Failure, ids, names, text.map(lambda value: value[:32]), text)
+cancels = st.builds(Cancel, ids, names)
+probes = st.builds(Probe, ids, names)
+echoes = st.builds(Echo, ids, names, times)
 served = st.builds(Served, names, names, st.dictionaries(names, st.lists(names, max_size=2), max_size=2))
 statuses = st.builds(
     NodeStatus,
     names,
     tiers,
-    st.sampled_from(["ready", "offline"]),
+    st.sampled_from(["ready", "failing", "draining", "offline"]),
     software=text.map(lambda value: value[:32]),
     families=st.lists(served, max_size=2),
     queue_ms=times,
@@ -63,6 +79,9 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     Reply: replies,
     Busy: busies,
     Failure: failures,
+    Cancel: cancels,
+    Probe: probes,
+    Echo: echoes,
     NodeStatus: statuses,
 }
 messages = st.one_of(*STRATEGIES.values())

@@ -7,13 +7,16 @@ from typing import get_args
 import msgspec
 import pytest
 
-from kinflow.messages import Busy, Failure, Hop, Message, Name, NodeStatus, Reply, Request, Served
+from kinflow.messages import Busy, Cancel, Echo, Failure, Hop, Message, Name, NodeStatus, Probe, Reply, Request, Served
 
 FIELDS = {
     Request: ("id", "client", "family", "version", "split", "codec", "deadline_ms"),
     Reply: ("id", "label", "confidence", "tier", "exit", "degraded", "reason", "hops"),
     Busy: ("id", "node", "queue_ms"),
     Failure: ("id", "node", "code", "message"),
+    Cancel: ("id", "client"),
+    Probe: ("id", "client"),
+    Echo: ("id", "node", "queue_ms"),
     NodeStatus: (
         "node",
         "tier",
@@ -46,6 +49,9 @@ def test_tags_are_fixed_and_distinct() -> None:
         "Reply": "reply",
         "Busy": "busy",
         "Failure": "failure",
+        "Cancel": "cancel",
+        "Probe": "probe",
+        "Echo": "echo",
         "NodeStatus": "status",
     }
 

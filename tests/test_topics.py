@@ -11,6 +11,7 @@ def test_topics_are_what_the_protocol_says() -> None:
     """Another language's client depends on these very strings."""
     assert topics.request("edge", "fashion", "s1") == "kinflow/v1/edge/fashion/s1/req"
     assert topics.shared_requests("cloud", "fashion", "s2") == "$share/cloud/kinflow/v1/cloud/fashion/s2/req"
+    assert topics.request_to("edge-1", "fashion", "s1") == "kinflow/v1/node/edge-1/fashion/s1/req"
     assert topics.reply("device-1") == "kinflow/v1/reply/device-1"
     assert topics.status("edge-1") == "kinflow/v1/node/edge-1/status"
     assert topics.ALL_STATUS == "kinflow/v1/node/+/status"
@@ -30,3 +31,4 @@ def test_the_status_wildcard_takes_every_status_and_nothing_else() -> None:
     assert topic_matches_sub(topics.ALL_STATUS, topics.status("edge-1"))
     assert not topic_matches_sub(topics.ALL_STATUS, topics.reply("edge-1"))
     assert not topic_matches_sub(topics.ALL_STATUS, topics.request("edge", "fashion", "s1"))
+    assert not topic_matches_sub(topics.ALL_STATUS, topics.request_to("edge-1", "fashion", "s1"))

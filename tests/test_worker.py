@@ -23,7 +23,7 @@ from kinflow.confidence import read
 from kinflow.errors import LinkLost
 from kinflow.family import Family
 from kinflow.frame import pack, unpack
-from kinflow.messages import Busy, Failure, NodeStatus, Reply, Request
+from kinflow.messages import Busy, Cancel, Echo, Failure, NodeStatus, Probe, Reply, Request
 from kinflow.preprocess import Preprocessor
 from kinflow.settings import ServerSettings
 from kinflow_edge.model import ServedFamily
@@ -143,6 +143,7 @@ def at_work(family: Family, features: dict[str, np.ndarray], member: str = "clou
         publish=wire.publish,
         drive=lambda _done, _until_s: None,
         uplinks={},
+        test_client="own-test",
     )
     worker.start()
     try:
@@ -422,9 +423,74 @@ def test_closing_answers_what_was_admitted(family: Family, features: dict[str, n
 
 
 def test_the_load_is_the_time_spent_computing(bench: Bench) -> None:
-    """Asked for once an interval, it starts again from zero."""
+    """It grows with each batch, and stands still between them."""
     for _ in range(3):
         bench.ask(bench.request())
     wait_until(lambda: bench.worker.queue_s > 0)
-    assert 0 < bench.worker.take_busy_s() < 10
-    assert bench.worker.take_busy_s() < 0.05
+    wait_until(lambda: bench.worker.under_way == 0)
+    spent_s = bench.worker.busy_s
+    assert 0 < spent_s < 10
+    time.sleep(0.05)
+    assert bench.worker.busy_s == spent_s
+
+
+def test_a_cancelled_request_is_not_computed(bench: Bench) -> None:
+    """While it waits in the queue; nobody but its own client can cancel it, and it may be asked again."""
+    with bench.stuck():
+        wanted, unwanted = bench.send(bench.request()), bench.send(bench.request())
+        bench.worker.on_message(TOPIC, pack(Cancel(wanted.id, "device-2")))
+        bench.worker.on_message(TOPIC, pack(Cancel(unwanted.id, "device-1")))
+        bench.worker.on_message(TOPIC, pack(Cancel(os.urandom(16), "device-1")))
+    assert isinstance(bench.wire.one(wanted.id), Reply)
+    assert bench.worker.counts == {"served": 2, "cancelled": 1}
+    assert unwanted.id not in {message.id for message in bench.wire.messages}
+    assert isinstance(bench.ask(unwanted), Reply)
+
+
+def test_a_probe_is_echoed_past_the_queue(bench: Bench) -> None:
+    """At once though the worker is stuck, with the queue that its client would meet."""
+    bench.ask(bench.request())
+    echoed: list[tuple[str, bytes]] = []
+    probe = Probe(os.urandom(16), "device-9")
+    with bench.stuck():
+        publish = bench.worker._publish
+        bench.worker._publish = lambda topic, data: echoed.append((topic, data))
+        bench.worker.on_message(TOPIC, pack(probe, bytes(2048)))
+        bench.worker._publish = publish
+    ((topic, data),) = echoed
+    echo = unpack(data).message
+    assert isinstance(echo, Echo)
+    assert (topic, echo.id, echo.node) == (topics.reply("device-9"), probe.id, "node-1")
+    assert echo.queue_ms > 0
+
+
+def test_one_noisy_device_does_not_starve_the_others(family: Family, features: dict[str, np.ndarray]) -> None:
+    """It fills its share and is told Busy; another one, coming last, is answered among the first."""
+    with at_work(family, features, queue_size_per_device=20, batch_size=1) as bench:
+        busy: list[bytes] = []
+        with bench.stuck():
+            noisy = [bench.send(bench.request(client="noisy")) for _ in range(20)]
+            publish = bench.worker._publish
+            bench.worker._publish = lambda _topic, data: busy.append(data)
+            bench.send(bench.request(client="noisy"))
+            bench.worker._publish = publish
+            quiet = bench.send(bench.request(client="quiet"))
+        wait_until(lambda: len(bench.wire.sent) == 22)
+        order = [message.id for message in bench.wire.messages]
+        assert order.index(quiet.id) <= 3
+        assert [order.index(request.id) for request in noisy] == sorted(order.index(request.id) for request in noisy)
+        (refused,) = (unpack(data).message for data in busy)
+        assert isinstance(refused, Busy)
+
+
+def test_the_servers_own_test_is_answered_here_and_not_counted(tmp_path: Path, features: dict[str, np.ndarray]) -> None:
+    """Whatever its confidence; it is no request of a device's."""
+    family = Family.load(copy_bundle(tmp_path / "bundle", thresholds={"edge": 1.0}))
+    with at_work(family, features, "edge") as bench:
+        reply = bench.ask(bench.request(client="own-test"))
+        assert (reply.tier, reply.degraded) == ("edge", False)
+        assert bench.worker.counts == {}
+        assert bench.worker.last_request_s is None
+        bench.ask(bench.request())
+        assert bench.worker.counts == {"served": 1}
+        assert bench.worker.last_request_s is not None

@@ -135,6 +135,25 @@ def _need(module: str, extra: str) -> None:
         raise BackendError(f"this benchmark needs {module}: pip install 'kinflow[{extra}]'")
 
 
+@app.command()
+def chaos(
+    family: Family = FASHION,
+    faults: Annotated[int, typer.Option(help="How many faults, at least.", min=1)] = 50,
+    inferences: Annotated[int, typer.Option(help="How many inferences, at least.", min=1)] = 20_000,
+    devices: Annotated[int, typer.Option(help="How many devices.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Draws the order of the faults.")] = 0,
+    short: Annotated[bool, typer.Option("--short", help="Eight faults in about a minute, instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Kill, freeze, cut, slow down and restart everything under devices that ask without pause."""
+    from kinflow_bench import chaos as bench
+
+    plan = bench.SHORT if short else bench.full(faults, inferences, devices, seed)
+    images = FASHION / "samples/images-idx3-ubyte.gz"
+    figures = bench.run(_bundle(family), images, plan, lambda line: typer.echo(line, err=True))
+    _print(figures, as_json)
+
+
 def _bundle(family: Path) -> Path:
     return family / "bundle" if (family / "bundle").is_dir() else family
 

@@ -18,6 +18,7 @@ def cloud(
     batch_size: shared.BatchSize = None,
     batch_wait_ms: shared.BatchWait = None,
     advertise: shared.Advertise = None,
+    http_port: shared.HttpPort = None,
     as_json: shared.Json = False,
 ) -> None:
     """Serve a family's largest member: edge servers and devices send it what they are unsure of."""
@@ -36,4 +37,5 @@ def cloud(
         batch_size=batch_size,
         batch_wait_ms=batch_wait_ms,
         advertise=advertise,
+        http__port=http_port,
     )

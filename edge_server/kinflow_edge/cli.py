@@ -38,6 +38,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads of the runtime (1).")
 BatchSize = Annotated[int | None, typer.Option(help="Most requests computed as one batch (16).")]
 BatchWait = Annotated[float | None, typer.Option("--batch-wait-ms", help="How long a batch waits to fill up (0).")]
 Advertise = Annotated[bool | None, typer.Option("--advertise/--no-advertise", help="Announce by zeroconf (yes).")]
+HttpPort = Annotated[int | None, typer.Option(help="Port of /live, /ready and /metrics on 127.0.0.1; 0: any free one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines on standard output.")]
 
 
@@ -55,6 +56,7 @@ def edge(
     batch_size: BatchSize = None,
     batch_wait_ms: BatchWait = None,
     advertise: Advertise = None,
+    http_port: HttpPort = None,
     as_json: Json = False,
 ) -> None:
     """Serve a family's edge member on this LAN: devices find it, and what it is unsure of goes upstream."""
@@ -74,6 +76,7 @@ def edge(
         batch_size=batch_size,
         batch_wait_ms=batch_wait_ms,
         advertise=advertise,
+        http__port=http_port,
     )
 
 
@@ -95,6 +98,7 @@ def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -
             broker=str(server.broker.address),
             broker_kind=server.broker.kind,
             broker_pid=server.broker.pid,
+            http=server.endpoints.address,
             upstream=chosen.upstream,
             families=[f"{served.family} {served.version}" for served in server.worker.families],
         )

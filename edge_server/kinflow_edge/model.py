@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kinflow import policy
 from kinflow.errors import FamilyMismatch
 from kinflow.family import INPUT, Family, Member
 from kinflow.manifest import Exit
 from kinflow.messages import Request, Served
+from kinflow.policy import Rate
 from kinflow.tokens import FeatureCodec
 
 
@@ -36,6 +38,8 @@ class ServedFamily:
     from the one it began at, that one; None at the largest member."""
     forwards: bool
     """What goes further up is what came, still coded: the member has no features of its own to send."""
+    rates: tuple[Rate, ...]
+    """The codecs at `next_split`, the default first, then the ever smaller ones."""
 
     @classmethod
     def open(cls, family: Family, member: str, threads: int) -> ServedFamily:
@@ -55,7 +59,8 @@ class ServedFamily:
         last = segments[-1]
         forwards = last.split is None and last.source in family.sources_above(member)
         next_split = last.source if forwards else last.split
-        return cls(family, entries, family.manifest.exits[str(last.exit)], next_split, forwards)
+        rates = () if next_split is None else policy.rates(family.manifest.splits[next_split])
+        return cls(family, entries, family.manifest.exits[str(last.exit)], next_split, forwards, rates)
 
     def warm_up(self) -> float:
         """Run every entry twice on zeros; the seconds that one item took last. The first run allocates."""
@@ -71,6 +76,16 @@ class ServedFamily:
         """What the retained status says."""
         splits = {split: list(entry.codecs) for split, entry in self.entries.items()}
         return Served(self.family.id, self.family.version, splits)
+
+    def leads_up(self, split: str) -> bool:
+        """Whether a request that came in at `split` can go further up from here."""
+        return not self.forwards or split == self.next_split
+
+    def rates_up(self, codec: str, payload_bytes: int) -> tuple[Rate, ...]:
+        """How features may go further up: coded as they came, where that is what is sent; else the split's own ways."""
+        if self.forwards:
+            return (Rate(codec, payload_bytes),)
+        return self.rates
 
     def entry(self, request: Request) -> tuple[Entry, FeatureCodec]:
         """Raises FamilyMismatch that names what differs."""

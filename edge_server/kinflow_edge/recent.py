@@ -1,4 +1,7 @@
-"""Requests seen lately, so that a repeat is answered without computing it again. Pure but for the lock."""
+"""Requests seen lately, so that a repeat is answered without computing it again. Pure but for the lock.
+
+A request is known by its client and its id: nobody is answered from what was computed for another.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,26 @@ class RecentRequests:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._replies: OrderedDict[bytes, bytes | None] = OrderedDict()
+        self._replies: OrderedDict[tuple[str, bytes], bytes | None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def begin(self, request_id: bytes) -> tuple[bool, bytes | None]:
+    def begin(self, client: str, request_id: bytes) -> tuple[bool, bytes | None]:
         """(is it new, the reply to send again); (False, None) while the first is still being computed."""
         with self._lock:
-            if request_id in self._replies:
-                return False, self._replies[request_id]
-            self._replies[request_id] = None
+            key = client, request_id
+            if key in self._replies:
+                return False, self._replies[key]
+            self._replies[key] = None
             if len(self._replies) > self._capacity:
                 self._replies.popitem(last=False)
             return True, None
 
-    def finish(self, request_id: bytes, reply: bytes) -> None:
+    def finish(self, client: str, request_id: bytes, reply: bytes) -> None:
         with self._lock:
-            if request_id in self._replies:
-                self._replies[request_id] = reply
+            if (client, request_id) in self._replies:
+                self._replies[client, request_id] = reply
 
-    def forget(self, request_id: bytes) -> None:
+    def forget(self, client: str, request_id: bytes) -> None:
         """A refused request may be tried again."""
         with self._lock:
-            self._replies.pop(request_id, None)
+            self._replies.pop((client, request_id), None)

@@ -12,16 +12,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from kinflow import __version__, frame, topics
+from kinflow.address import parse_all
 from kinflow.discovery import Advert, Node
 from kinflow.errors import LinkError, SettingsError
 from kinflow.family import Family
 from kinflow.logs import event
-from kinflow.messages import NodeStatus, Tier
+from kinflow.messages import NodeStatus, State, Tier
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.settings import ServerSettings
 from kinflow.uplink import Uplink
 from kinflow_edge.broker import Broker
+from kinflow_edge.endpoints import Endpoints
 from kinflow_edge.model import ServedFamily
+from kinflow_edge.selftest import SelfTest
 from kinflow_edge.worker import Worker
 
 log = logging.getLogger("kinflow.server")
@@ -29,6 +32,10 @@ log = logging.getLogger("kinflow.server")
 CONNECT_TIMEOUT_S = 10.0
 # How often the broker is looked after; a status is published at its own interval.
 WATCH_INTERVAL_S = 0.2
+# Restarting a broker takes that long at most; a server that has not turned for longer is stuck.
+STUCK_S = 15.0
+# A draining server waits for so much silence: what was sent before its devices heard of it has come by then.
+QUIET_S = 0.5
 
 
 class Server:
@@ -51,6 +58,11 @@ class Server:
         self.broker = Broker(settings.broker)
         self._stack = ExitStack()
         self._status_at_s = 0.0
+        self._turned_s = time.monotonic()
+        self._draining = False
+        self._advert: Advert | None = None
+        self.uplinks: dict[str, Uplink] = {}
+        self.endpoints = Endpoints(settings.http, self)
 
     def __enter__(self) -> Server:
         with ExitStack() as stack:
@@ -65,7 +77,8 @@ class Server:
         for model in self._models.values():
             model.warm_up()
         stack.enter_context(self.broker)
-        uplinks = {family: self._uplink(model) for family, model in self._models.items() if self.settings.upstream}
+        if self.settings.upstream:
+            self.uplinks = {family: self._uplink(model) for family, model in self._models.items()}
         self._connection = Connection(
             self.broker.address,
             _client_id(self.tier),
@@ -81,12 +94,13 @@ class Server:
             self.settings,
             publish=self._connection.publish,
             drive=self._connection.drive,
-            uplinks=uplinks,
+            uplinks=self.uplinks,
+            test_client=(test_client := _client_id(f"{self.tier}-test")),
         )
         # Closed in the opposite order: the worker answers what it has admitted, the uplinks give up what they
         # still wait for (it is answered with this tier's own exit), and the connection goes last.
         stack.enter_context(self._connection)
-        for uplink in uplinks.values():
+        for uplink in self.uplinks.values():
             uplink.start()
             stack.callback(uplink.close)
         self.worker.start()
@@ -94,40 +108,73 @@ class Server:
         stack.callback(self._say_offline)
         if not self._connection.wait_connected(CONNECT_TIMEOUT_S):
             raise LinkError(f"the broker at {self.broker.address} does not answer")
+        self._test = SelfTest(self.node, self._models, self.broker.address, test_client)
+        stack.callback(self._test.close)
+        self._test.start()
+        stack.enter_context(self.endpoints)
         if self.settings.advertise:
-            stack.enter_context(Advert(self._advert(), interfaces=self._interfaces()))
+            self._advert = stack.enter_context(Advert(self._node(), interfaces=self._interfaces()))
 
     def _subscriptions(self) -> list[str]:
         return [
-            topics.shared_requests(self.tier, family, split)
+            topic
             for family, model in self._models.items()
             for split in model.entries
+            for topic in (
+                topics.shared_requests(self.tier, family, split),
+                topics.request_to(self.node, family, split),
+            )
         ]
 
+    @property
+    def state(self) -> State:
+        if self._draining:
+            return "draining"
+        return "failing" if self._test.trouble else "ready"
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not ready."""
+        return "it is about to stop" if self._draining else self._test.trouble
+
+    @property
+    def live(self) -> bool:
+        """Its threads still turn: one that hangs does not come back by itself."""
+        return self.worker.alive and time.monotonic() - self._turned_s < STUCK_S
+
     def run(self, stop: threading.Event, on_broker_restart: Callable[[], None]) -> None:
-        """Look after the broker and the status until `stop` is set."""
-        last_s = time.monotonic()
+        """Look after the broker, the self-test and the status until `stop` is set; then drain."""
+        last_s, busy_s, state = time.monotonic(), self.worker.busy_s, self.state
         while not stop.wait(WATCH_INTERVAL_S):
             if self.broker.restart_if_dead():
                 on_broker_restart()
-            now_s = time.monotonic()
-            if now_s >= self._status_at_s:
-                self._publish_status(min(1.0, self.worker.take_busy_s() / (now_s - last_s)))
-                last_s = now_s
+            now_s = self._turned_s = time.monotonic()
+            self._test.step(now_s)
+            if now_s >= self._status_at_s or self.state != state:
+                load = (self.worker.busy_s - busy_s) / (now_s - last_s)
+                last_s, busy_s, state = now_s, self.worker.busy_s, self.state
+                self._publish_status(min(1.0, load))
                 self._status_at_s = now_s + self.settings.status_interval_s
+        self._drain()
+
+    def _drain(self) -> None:
+        """Say that it is about to stop, and answer until nobody asks any more."""
+        self._draining = True
+        self._publish_status(0.0)
+        began_s = time.monotonic()
+        if self._advert is not None:
+            self._advert.close()
+        while (now_s := time.monotonic()) - began_s < self.settings.drain_s:
+            last_s = self.worker.last_request_s
+            quiet = last_s is None or now_s - max(last_s, began_s) > QUIET_S
+            if quiet and not self.worker.under_way:
+                break
+            time.sleep(0.02)
 
     def _uplink(self, model: ServedFamily) -> Uplink:
         if model.next_split is None:
             raise SettingsError(f"upstream is set, but nothing of {model.family.id} is above this member")
-        codec = model.family.codec(model.next_split).name
-        return Uplink(
-            model.family,
-            model.next_split,
-            codec,
-            _client_id(self.tier),
-            tiers=("cloud",),
-            broker=self.settings.upstream,
-        )
+        return Uplink(model.family, _client_id(self.tier), tiers=("cloud",), brokers=parse_all(self.settings.upstream))
 
     def _renew_status(self) -> None:
         self._status_at_s = 0.0
@@ -137,7 +184,7 @@ class Server:
             NodeStatus(
                 node=self.node,
                 tier=self.tier,
-                state="ready",
+                state=self.state,
                 software=__version__,
                 families=self.worker.families,
                 queue_ms=self.worker.queue_s * 1e3,
@@ -167,13 +214,13 @@ class Server:
             return []
         return [] if address.is_unspecified else [host]
 
-    def _advert(self) -> Node:
+    def _node(self) -> Node:
         families = tuple((model.family.id, model.family.version) for model in self._models.values())
         address: BrokerAddress = self.broker.address
         host = address.host if self.settings.broker.address else self.settings.broker.listen
         return Node(self.node, self.tier, host, address.port, families, __version__)
 
 
-def _client_id(tier: Tier) -> str:
+def _client_id(prefix: str) -> str:
     """Unique: two clients with one id would take the broker's session from each other forever."""
-    return f"{tier}-{os.urandom(6).hex()}"
+    return f"{prefix}-{os.urandom(6).hex()}"

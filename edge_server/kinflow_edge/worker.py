@@ -12,22 +12,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 
-import msgspec
 import numpy as np
 
 from kinflow import frame, topics
 from kinflow.codec import Features
-from kinflow.confidence import Reading, read
+from kinflow.confidence import read
 from kinflow.errors import BackendError, FamilyMismatch, FrameError, KinflowError, LinkError
 from kinflow.link import Answered
 from kinflow.logs import event
-from kinflow.messages import Busy, Failure, Hop, Reply, Request, Served, Tier
+from kinflow.messages import Busy, Cancel, Echo, Failure, Probe, Reply, Request, Served, Tier
 from kinflow.policy import Keep, NoRoute, Offload, Route, decide
+from kinflow.resort import Resort
 from kinflow.settings import ServerSettings
 from kinflow.uplink import Uplink
 from kinflow_edge.batcher import Batcher
-from kinflow_edge.model import Entry, ServedFamily
+from kinflow_edge.job import Computed, Job
+from kinflow_edge.model import ServedFamily
 from kinflow_edge.recent import RecentRequests
 
 log = logging.getLogger("kinflow.worker")
@@ -37,21 +39,6 @@ REPLY_RESERVE_S = 0.005
 # How long an idle worker reads before it looks around.
 IDLE_S = 0.5
 NOTHING_ABOVE = NoRoute("no upstream is set", by_choice=True)
-
-
-class Job(msgspec.Struct, frozen=True, eq=False):
-    """One admitted request."""
-
-    request: Request
-    model: ServedFamily
-    entry: Entry
-    features: Features
-    payload: frame.Buffer
-    """The features as they came, where they may be forwarded; else empty."""
-    arrived_s: float
-    admitted_s: float
-    """When the features were decoded and the job was put into the queue."""
-    due_s: float
 
 
 class Worker:
@@ -67,22 +54,33 @@ class Worker:
         publish: Callable[[str, bytes], None],
         drive: Callable[[Callable[[], bool], float], None],
         uplinks: Mapping[str, Uplink],
+        test_client: str = "",
     ) -> None:
+        """`test_client`: whose requests are the server's own test: computed and answered here, and not counted."""
         self._node = node
         self._tier = tier
         self._models = dict(models)
         self._publish = publish
         self._drive = drive
         self._uplinks = dict(uplinks)
+        self._test_client = test_client
         self._batcher: Batcher[Job] = Batcher(
-            size=settings.batch_size, wait_s=settings.batch_wait_ms / 1e3, capacity=settings.queue_size
+            size=settings.batch_size,
+            wait_s=settings.batch_wait_ms / 1e3,
+            capacity=settings.queue_size,
+            per_client=settings.queue_size_per_device,
         )
         self._recent = RecentRequests()
+        self._escalated: dict[tuple[str, bytes], Resort] = {}
+        """What the tier above was asked, by the client and the id of the request here."""
         self.counts: Counter[str] = Counter()
-        """Since the start: served, escalated, busy, repeated, expired, lost, and failed:<code>."""
+        """Since the start: served, escalated, busy, repeated, cancelled, expired, lost, and failed:<code>."""
         self.batches: Counter[int] = Counter()
         """How often each batch size was computed."""
-        self._busy_s = 0.0
+        self.busy_s = 0.0
+        """Seconds spent on batches since the start."""
+        self.last_request_s: float | None = None
+        """When a request came last (time.monotonic()), the server's own tests aside."""
         self._thread = threading.Thread(target=self._run, name="kinflow-worker", daemon=True)
 
     def start(self) -> None:
@@ -94,6 +92,10 @@ class Worker:
         self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def families(self) -> list[Served]:
         return [model.served() for model in self._models.values()]
 
@@ -102,25 +104,32 @@ class Worker:
         return self._batcher.queue_s()
 
     @property
+    def under_way(self) -> int:
+        """Requests that were admitted and have no answer yet."""
+        return self._batcher.waiting + len(self._escalated)
+
+    @property
     def rejected(self) -> int:
         return self.counts["busy"] + sum(n for name, n in self.counts.items() if name.startswith("failed:"))
-
-    def take_busy_s(self) -> float:
-        """Seconds spent computing since the last call."""
-        busy_s, self._busy_s = self._busy_s, 0.0
-        return busy_s
 
     def on_message(self, topic: str, data: frame.Buffer) -> None:
         """Runs on the network thread: never computes, never raises."""
         arrived_s = time.monotonic()
         try:
             message, payload = frame.unpack(data)
-            if not isinstance(message, Request):
+            if not isinstance(message, (Request, Cancel, Probe)):
                 raise FrameError(f"a {type(message).__name__} came on {topic}, requests are expected there")
         except FrameError as exc:
             # Nobody to answer: the id and the reply topic are in what could not be read.
             self.counts[f"failed:{exc.code}"] += 1
             event(log, logging.WARNING, "refused", code=exc.code, topic=topic, error=str(exc))
+            return
+        if isinstance(message, Probe):
+            echo = Echo(message.id, self._node, self._batcher.queue_s(message.client) * 1e3)
+            self._send(message, frame.pack(echo))
+            return
+        if isinstance(message, Cancel):
+            self._cancel(message)
             return
         try:
             self._admit(message, payload, arrived_s)
@@ -130,8 +139,21 @@ class Worker:
             log.exception("internal error id=%s", message.id.hex())
             self._fail(message, KinflowError(f"{type(exc).__name__}: {exc}"))
 
+    def _cancel(self, cancel: Cancel) -> None:
+        """Only its own client's request, and only while nothing was sent: what is in the graph is finished."""
+        waiting = self._batcher.remove(cancel.client, lambda job: job.request.id == cancel.id)
+        resort = self._escalated.pop((cancel.client, cancel.id), None)
+        if resort is not None:
+            resort.abandon()
+            waiting = True
+        if waiting:
+            self.counts["cancelled"] += 1
+            self._recent.forget(cancel.client, cancel.id)
+
     def _admit(self, request: Request, payload: frame.Buffer, arrived_s: float) -> None:
-        new, reply = self._recent.begin(request.id)
+        if request.client != self._test_client:
+            self.last_request_s = arrived_s
+        new, reply = self._recent.begin(request.client, request.id)
         if not new:
             self.counts["repeated"] += 1
             if reply is not None:
@@ -141,7 +163,7 @@ class Worker:
         if model is None:
             raise FamilyMismatch(f"family {request.family!r} is not served here, {sorted(self._models)} are")
         entry, codec = model.entry(request)
-        queue_s = self._batcher.queue_s()
+        queue_s = self._batcher.queue_s(request.client)
         budget_s = request.deadline_ms / 1e3 - REPLY_RESERVE_S
         if queue_s > budget_s:
             self._refuse_busy(request, queue_s)
@@ -149,12 +171,12 @@ class Worker:
         features = codec.decode(payload)
         kept = bytes(payload) if model.forwards else b""
         job = Job(request, model, entry, features, kept, arrived_s, time.monotonic(), arrived_s + budget_s)
-        if not self._batcher.put(job):
+        if not self._batcher.put(request.client, job):
             self._refuse_busy(request, queue_s)
 
     def _refuse_busy(self, request: Request, queue_s: float) -> None:
         self.counts["busy"] += 1
-        self._recent.forget(request.id)
+        self._recent.forget(request.client, request.id)
         event(log, logging.INFO, "busy", id=request.id.hex(), queue_ms=round(queue_s * 1e3, 1))
         self._send(request, frame.pack(Busy(request.id, self._node, queue_s * 1e3)))
 
@@ -171,7 +193,7 @@ class Worker:
             for jobs in groups.values():
                 self._compute(jobs)
             spent_s = time.monotonic() - start_s
-            self._busy_s += spent_s
+            self.busy_s += spent_s
             self._batcher.done(len(batch), spent_s)
 
     def _next_batch(self) -> list[Job]:
@@ -197,45 +219,48 @@ class Worker:
         self.batches[len(jobs)] += 1
         for position, job in enumerate(jobs):
             reading = read(output.logits[position], model.exit.temperature)
-            mine = _Mine(job, reading, output.exit, (start_s - job.admitted_s) * 1e3, compute_ms)
+            mine = Computed(job, reading, output.exit, (start_s - job.admitted_s) * 1e3, compute_ms)
             try:
                 self._settle(mine, None if output.features is None else output.features[position])
             except Exception as exc:  # one request must not take the others of its batch with it
                 log.exception("internal error id=%s", job.request.id.hex())
                 self._fail(job.request, KinflowError(f"{type(exc).__name__}: {exc}"))
 
-    def _settle(self, mine: _Mine, features: Features | None) -> None:
+    def _settle(self, mine: Computed, features: Features | None) -> None:
         """Answer with this exit, or send the features further up."""
         model = mine.job.model
         if model.next_split is None:
             self._reply(mine, Keep("last exit", degraded=False))
             return
         uplink = self._uplinks.get(model.family.id)
-        sure = mine.reading.confidence >= model.exit.threshold
-        stuck = model.forwards and mine.job.request.split != model.next_split
-        route = NOTHING_ABOVE if uplink is None or sure or stuck else uplink.route()
-        decision = decide(mine.reading.confidence, model.exit.threshold, route, mine.job.due_s - time.monotonic())
+        confidence, threshold = mine.reading.confidence, model.exit.threshold
+        test = mine.job.request.client == self._test_client
+        if uplink is None or confidence >= threshold or test or not model.leads_up(mine.job.request.split):
+            routes: Sequence[Route] | NoRoute = NOTHING_ABOVE
+        else:
+            routes = uplink.routes(model.next_split, model.rates_up(mine.job.request.codec, len(mine.job.payload)))
+        decision = decide(confidence, threshold, routes, mine.job.due_s - time.monotonic())
         if isinstance(decision, Offload) and uplink is not None:
-            self._escalate(mine, uplink, decision.route, features)
+            self._escalate(mine, uplink, decision, features)
         elif isinstance(decision, Keep):
             self._reply(mine, decision)
 
-    def _escalate(self, mine: _Mine, uplink: Uplink, route: Route, features: Features | None) -> None:
-        job = mine.job
-        if features is None:
-            route, payload = msgspec.structs.replace(route, codec=job.request.codec), job.payload
-        else:
-            payload = job.model.family.codec(route.split, route.codec).encode(features)
-        try:
-            future = uplink.request(route, job.request.id, payload, job.due_s - time.monotonic())
-        except LinkError as exc:
-            self._reply(mine, Keep(f"{exc.code}: {exc}", degraded=True))
-            return
+    def _escalate(self, mine: Computed, uplink: Uplink, decision: Offload, features: Features | None) -> None:
+        request = mine.job.request
+        payload = mine.job.payload
+        if features is not None:
+            payload = mine.job.model.family.codec(decision.route.split, decision.codec).encode(features)
+        resort = uplink.request(decision, request.id, payload, mine.job.due_s - time.monotonic())
         self.counts["escalated"] += 1
-        future.add_done_callback(lambda done: self._relay(mine, done))
+        self._escalated[request.client, request.id] = resort
+        resort.add_done_callback(partial(self._relay, mine))
+        resort.watch()
 
-    def _relay(self, mine: _Mine, done: Future[Answered]) -> None:
+    def _relay(self, mine: Computed, done: Future[Answered]) -> None:
         """The tier above answered, or did not: runs on the upstream link's thread."""
+        request = mine.job.request
+        if self._escalated.pop((request.client, request.id), None) is None:
+            return  # cancelled
         try:
             answered = done.result()
         except LinkError as exc:
@@ -257,7 +282,7 @@ class Worker:
             ),
         )
 
-    def _reply(self, mine: _Mine, keep: Keep) -> None:
+    def _reply(self, mine: Computed, keep: Keep) -> None:
         self._answer(
             mine.job,
             Reply(
@@ -273,9 +298,10 @@ class Worker:
         )
 
     def _answer(self, job: Job, reply: Reply) -> None:
-        self.counts["served"] += 1
+        if job.request.client != self._test_client:
+            self.counts["served"] += 1
         data = frame.pack(reply)
-        self._recent.finish(reply.id, data)
+        self._recent.finish(job.request.client, reply.id, data)
         if log.isEnabledFor(logging.INFO):
             spent_ms = round((time.monotonic() - job.arrived_s) * 1e3, 2)
             event(
@@ -293,28 +319,13 @@ class Worker:
         self.counts[f"failed:{error.code}"] += 1
         event(log, logging.WARNING, "refused", id=request.id.hex(), code=error.code, error=str(error))
         data = frame.pack(Failure(request.id, self._node, error.code, str(error)[:512]))
-        self._recent.finish(request.id, data)
+        self._recent.finish(request.client, request.id, data)
         self._send(request, data)
 
-    def _send(self, request: Request, data: bytes) -> None:
+    def _send(self, request: Request | Probe, data: bytes) -> None:
         """A reply that cannot be sent is lost: the device's deadline takes care of it."""
         try:
             self._publish(topics.reply(request.client), data)
         except LinkError as exc:
             self.counts["lost"] += 1
             event(log, logging.WARNING, "lost", id=request.id.hex(), error=str(exc))
-
-
-class _Mine(msgspec.Struct, frozen=True, eq=False):
-    """What this server found out about one job."""
-
-    job: Job
-    reading: Reading
-    exit: str
-    queue_ms: float
-    compute_ms: float
-
-    def hop(self, node: str, tier: Tier, bytes_up: int) -> Hop:
-        decode_ms = (self.job.admitted_s - self.job.arrived_s) * 1e3
-        total_ms = (time.monotonic() - self.job.arrived_s) * 1e3
-        return Hop(node, tier, decode_ms, self.queue_ms, self.compute_ms, total_ms, bytes_up)

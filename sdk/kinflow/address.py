@@ -38,3 +38,8 @@ class BrokerAddress:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_all(text: str) -> tuple[BrokerAddress, ...]:
+    """From addresses with commas between them; empty text has none. Raises SettingsError."""
+    return tuple(BrokerAddress.parse(part) for part in text.split(",")) if text.strip() else ()

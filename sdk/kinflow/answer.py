@@ -32,9 +32,12 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     degraded: bool
     """True: a surer tier was wanted but could not answer in time. Never silent: `reason` says why."""
     reason: str
+    """Why this tier gave the answer: what the policy chose and, where more than one server was asked, what happened."""
     bytes_up: int
     """MQTT payload bytes that the device sent; 0 when nothing left the device."""
     bytes_down: int
     total_ms: float
     timings: Timings
     request_id: str
+    codec: str = ""
+    """How the features were coded that left the device; empty when nothing did."""

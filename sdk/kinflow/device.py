@@ -9,13 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from kinflow.address import parse_all
 from kinflow.answer import Answer, Timings
+from kinflow.audit import Audit
+from kinflow.auditor import Auditor
 from kinflow.codec import Features
 from kinflow.confidence import Reading, read
 from kinflow.errors import CodecError, LinkError, LinkTimeout, SettingsError
@@ -23,8 +27,9 @@ from kinflow.family import Family, Output
 from kinflow.link import Answered
 from kinflow.logs import event
 from kinflow.messages import MAX_DEADLINE_MS
-from kinflow.policy import Keep, NoRoute, Offload, Route, decide
+from kinflow.policy import Keep, NoRoute, Offload, Route, decide, rates
 from kinflow.preprocess import Preprocessor
+from kinflow.resort import Resort
 from kinflow.settings import DeviceSettings
 from kinflow.uplink import Uplink
 
@@ -57,8 +62,15 @@ class Device:
             # Nothing above can continue from the last segment: every answer is the family's best.
             self._threshold = 0.0
         else:
-            self._codec = family.codec(last.split, settings.codec)
+            family.codec(last.split, settings.codec)  # raises where it is not there
+            self._rates = rates(family.manifest.splits[last.split], settings.codec)
         self._pool: ThreadPoolExecutor | None = None
+        self._auditor: Auditor | None = None
+        self._certificate = exit_spec.certificate
+        if settings.audit_share and (exit_spec.certificate is None or self._split is None):
+            raise SettingsError(
+                f"audit_share is {settings.audit_share}: there must be a certificate to audit, and a server to ask"
+            )
 
     @classmethod
     def open(cls, bundle: str | Path, settings: DeviceSettings | None = None) -> Device:
@@ -70,16 +82,27 @@ class Device:
             raise SettingsError("this device is open already: make another one, or leave the with block first")
         self._pool = ThreadPoolExecutor(self.settings.workers, thread_name_prefix="kinflow-submit")
         if self._split is not None:
+            named = parse_all(self.settings.broker)
             self._uplink = Uplink(
                 self.family,
-                self._split,
-                self._codec.name,
                 self._client_id,
                 tiers=("edge", "cloud"),
-                broker=self.settings.broker,
+                brokers=(*named, *parse_all(self.settings.cloud)),
+                browse=not named,
                 interfaces=self.settings.interfaces,
             )
             self._uplink.start()
+            if self.settings.audit_share and self._certificate is not None:
+                self._auditor = Auditor(
+                    self.family,
+                    self._certificate,
+                    self._split,
+                    self._rates,
+                    self._uplink,
+                    self.settings.audit_share,
+                    self._tighten,
+                )
+                self._auditor.start()
         return self
 
     def __exit__(
@@ -88,13 +111,33 @@ class Device:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+        if self._auditor is not None:
+            self._auditor.close()
+            self._auditor = None
         if self._uplink is not None:
             self._uplink.close()
             self._uplink = None
 
     def wait_for_server(self, timeout_s: float) -> bool:
         """True as soon as a server can be asked. An app need not wait: until then answers are local."""
-        return self._uplink is not None and self._uplink.wait(timeout_s)
+        if self._uplink is None or self._split is None:
+            return False
+        return self._uplink.wait(self._split, self._rates, timeout_s)
+
+    @property
+    def audit(self) -> Audit | None:
+        """How the certificate stands since it was last refuted; None without `audit_share`."""
+        return None if self._auditor is None else self._auditor.audit
+
+    @property
+    def threshold(self) -> float:
+        """What the exit keeps at: the certificate's or the settings' one, higher once an audit refuted it."""
+        return self._threshold
+
+    def _tighten(self) -> float:
+        """Half of the way to keeping nothing but certainties."""
+        self._threshold += (1.0 - self._threshold) / 2
+        return self._threshold
 
     def infer(self, image: Any, *, deadline_s: float | None = None) -> Answer:
         """One answer, before the deadline.
@@ -112,12 +155,15 @@ class Device:
         reading = read(output.logits[0], self._temperature)
         computed = time.perf_counter()
         # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
-        route = SWITCHED_OFF if reading.confidence >= self._threshold else self._route()
+        routes = SWITCHED_OFF if reading.confidence >= self._threshold else self._routes()
         remaining_s = deadline_s - (computed - start) - RESERVE_S
-        decision = decide(reading.confidence, self._threshold, route, remaining_s)
+        decision = decide(reading.confidence, self._threshold, routes, remaining_s)
         local = _Local(start, computed, output, reading, os.urandom(16))
+        if self._auditor is not None:
+            kept = isinstance(decision, Keep) and reading.confidence >= self._threshold
+            self._auditor.saw(None if output.features is None else output.features[0], reading, kept)
         if isinstance(decision, Offload):
-            answer = self._offload(local, decision.route, start + deadline_s - RESERVE_S)
+            answer = self._offload(local, decision, start + deadline_s - RESERVE_S)
         else:
             answer = self._local_answer(local, decision)
         if log.isEnabledFor(logging.INFO):
@@ -140,14 +186,12 @@ class Device:
             raise SettingsError("the device is not open: use it in a with block")
         return self._pool.submit(self.infer, image, deadline_s=deadline_s)
 
-    def _route(self) -> Route | NoRoute:
+    def _routes(self) -> Sequence[Route] | NoRoute:
         if self._split is None:
             return SWITCHED_OFF
-        return NOT_OPEN if self._uplink is None else self._uplink.route()
+        return NOT_OPEN if self._uplink is None else self._uplink.routes(self._split, self._rates)
 
-    def _local_answer(
-        self, local: _Local, keep: Keep, *, bytes_up: int = 0, encode_ms: float = 0.0, link_ms: float = 0.0
-    ) -> Answer:
+    def _local_answer(self, local: _Local, keep: Keep, sent: _Sent | None = None) -> Answer:
         return Answer(
             label=self.family.labels[local.reading.label],
             index=local.reading.label,
@@ -156,30 +200,44 @@ class Device:
             exit=local.output.exit,
             degraded=keep.degraded,
             reason=keep.reason,
-            bytes_up=bytes_up,
+            bytes_up=0 if sent is None else sent.bytes_up,
             bytes_down=0,
             total_ms=(time.perf_counter() - local.start) * 1e3,
-            timings=Timings((local.computed - local.start) * 1e3, encode_ms, link_ms),
+            timings=Timings(
+                (local.computed - local.start) * 1e3,
+                0.0 if sent is None else sent.encode_ms,
+                0.0 if sent is None else (time.perf_counter() - sent.at) * 1e3,
+            ),
             request_id=local.request_id.hex(),
+            codec="" if sent is None else sent.codec,
         )
 
-    def _offload(self, local: _Local, route: Route, due: float) -> Answer:
-        """Ask the server; whatever goes wrong, the device's own answer is there."""
+    def _offload(self, local: _Local, chosen: Offload, due: float) -> Answer:
+        """Ask the servers; whatever goes wrong, the device's own answer is there."""
         features: Features | None = local.output.features
         assert features is not None
-        decided = sent = time.perf_counter()
-        encode_ms, payload = 0.0, b""
+        assert self._uplink is not None
+        decided = time.perf_counter()
+        sent = _Sent(decided, 0.0, 0, "")
         try:
-            payload = self._codec.encode(features[0])
-            sent = time.perf_counter()
-            encode_ms = (sent - decided) * 1e3
-            answered = self._ask(route, local.request_id, payload, due - sent)
-        except (CodecError, LinkError) as exc:
-            link_ms = (time.perf_counter() - sent) * 1e3
-            keep = Keep(f"{exc.code}: {exc}", degraded=True)
-            return self._local_answer(local, keep, bytes_up=len(payload), encode_ms=encode_ms, link_ms=link_ms)
+            payload = self.family.codec(chosen.route.split, chosen.codec).encode(features[0])
+        except CodecError as exc:
+            return self._local_answer(local, Keep(f"{exc.code}: {exc}", degraded=True), sent)
+        at = time.perf_counter()
+        sent = _Sent(at, (at - decided) * 1e3, len(payload), chosen.codec)
+        if due <= at:
+            late = Keep(f"{LinkTimeout.code}: the deadline passed while the features were coded", degraded=True)
+            return self._local_answer(local, late, sent._replace(bytes_up=0))
+        resort = self._uplink.request(chosen, local.request_id, payload, due - at)
+        try:
+            answered = self._result(resort, due - at)
+        except LinkError as exc:
+            resort.abandon()
+            story = f" ({resort.story})" if resort.story else ""
+            return self._local_answer(local, Keep(f"{exc.code}: {exc}{story}", degraded=True), sent)
         reply = answered.reply
         done = time.perf_counter()
+        reason = reply.reason if reply.degraded else chosen.reason
         return Answer(
             label=self.family.labels[reply.label],
             index=reply.label,
@@ -187,26 +245,34 @@ class Device:
             tier=reply.tier,
             exit=reply.exit,
             degraded=reply.degraded,
-            reason=reply.reason,
+            reason=f"{reason}; {resort.story}" if resort.story else reason,
             bytes_up=answered.bytes_up,
             bytes_down=answered.bytes_down,
             total_ms=(done - local.start) * 1e3,
-            timings=Timings((local.computed - local.start) * 1e3, encode_ms, (done - sent) * 1e3, tuple(reply.hops)),
+            timings=Timings(
+                (local.computed - local.start) * 1e3, sent.encode_ms, (done - sent.at) * 1e3, tuple(reply.hops)
+            ),
             request_id=local.request_id.hex(),
+            codec=sent.codec,
         )
 
-    def _ask(self, route: Route, request_id: bytes, payload: bytes, remaining_s: float) -> Answered:
-        assert self._uplink is not None
-        if remaining_s <= 0:
-            raise LinkTimeout("the deadline passed while the features were coded")
-        future = self._uplink.request(route, request_id, payload, remaining_s)
+    def _result(self, resort: Resort, remaining_s: float) -> Answered:
         try:
-            answered = future.result(remaining_s)
+            answered = resort.result(remaining_s)
         except (FutureTimeoutError, CancelledError) as exc:
-            raise LinkTimeout(f"no reply from {route.node} within {remaining_s * 1e3:.0f} ms") from exc
+            raise LinkTimeout(f"no reply within {remaining_s * 1e3:.0f} ms") from exc
         if answered.reply.label >= len(self.family.labels):
-            raise LinkError(f"{route.node} answered with label {answered.reply.label}, the family has fewer")
+            raise LinkError(f"a server answered with label {answered.reply.label}, the family has fewer")
         return answered
+
+
+class _Sent(NamedTuple):
+    """What left the device, and when (time.perf_counter())."""
+
+    at: float
+    encode_ms: float
+    bytes_up: int
+    codec: str
 
 
 class _Local(NamedTuple):

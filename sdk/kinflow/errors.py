@@ -13,6 +13,7 @@ KinflowError
 └── LinkError            nothing came back
     ├── LinkLost         there is no connection, or it broke
     ├── LinkTimeout      no reply before the deadline
+    ├── RequestCancelled another node answered first, or the answer is not wanted any more
     ├── ServerBusy       the server's queue would miss the deadline
     └── ServerFailed     the server answered with a failure
 """
@@ -74,6 +75,10 @@ class LinkLost(LinkError):
 
 class LinkTimeout(LinkError):
     code = "timeout"
+
+
+class RequestCancelled(LinkError):
+    code = "cancelled"
 
 
 class ServerBusy(LinkError):

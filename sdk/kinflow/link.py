@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
+from typing import Any
 
 import msgspec
 
@@ -23,20 +25,18 @@ from kinflow.errors import (
     LinkError,
     LinkLost,
     LinkTimeout,
+    RequestCancelled,
     ServerBusy,
     ServerFailed,
     SettingsError,
 )
 from kinflow.frame import Buffer, parts, unpack
-from kinflow.messages import Busy, Failure, NodeStatus, Reply, Request
+from kinflow.messages import Busy, Cancel, Echo, Failure, NodeStatus, Probe, Reply, Request
 from kinflow.mqtt import BrokerAddress, Connection
 
 log = logging.getLogger("kinflow.link")
 
 MAX_IN_FLIGHT = 256
-# The weight of a new sample in the smoothed round trip: alpha of RFC 6298, 2.3.
-SMOOTHING = 1 / 8
-ESTIMATE_LIFETIME_S = 5.0
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -49,6 +49,17 @@ class Answered(msgspec.Struct, frozen=True):
     """The MQTT payload of the reply."""
     round_trip_s: float
     """From the first attempt to the reply."""
+    attempts: int = 1
+    """Above 1 the reply may belong to any of them, and `round_trip_s` is no measure of the way."""
+
+
+@dataclass(frozen=True)
+class Echoed:
+    """A probe's answer."""
+
+    echo: Echo
+    bytes_up: int
+    round_trip_s: float
 
 
 @dataclass
@@ -56,7 +67,7 @@ class LinkCounters:
     """What happened since the start."""
 
     answered: int = 0
-    """Requests that got a Reply, Busy or Failure."""
+    """Requests that got a Reply, Busy or Failure, and probes that got their Echo."""
     timed_out: int = 0
     retried: int = 0
     """Attempts after a request's first."""
@@ -66,17 +77,20 @@ class LinkCounters:
     """Messages that are no valid frame, or not what belongs on their topic. Dropped."""
 
 
-class _Awaited(Future[Answered]):
+class _Awaited(Future[Any]):
     """A request in flight. Whoever waits for it reads the socket meanwhile: a reply switches no threads."""
 
-    def __init__(self, link: Link, topic: str, request: Request, payload: Buffer) -> None:
+    def __init__(
+        self, link: Link, topic: str, request: Request | Probe, payload: Buffer, timeout_s: float, repeat_after_s: float
+    ) -> None:
         super().__init__()
         self._link = link
         self.topic = topic
         self.request = request
         self.payload = payload
         self.sent_s = time.monotonic()
-        self.deadline_s = self.sent_s + request.deadline_ms / 1e3
+        self.deadline_s = self.sent_s + timeout_s
+        self.repeat_after_s = repeat_after_s
         self.bytes_up = 0
         self.attempts = 0
         self.repeated = False  # it was published again for want of a reply, on the present connection
@@ -85,7 +99,7 @@ class _Awaited(Future[Answered]):
     def cancel(self) -> bool:
         return False
 
-    def result(self, timeout: float | None = None) -> Answered:
+    def result(self, timeout: float | None = None) -> Any:
         return super().result(self._drive(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -128,8 +142,8 @@ class Link:
         self._waiting: dict[bytes, _Awaited] = {}
         self._nodes: dict[str, NodeStatus] = {}
         self._counters = LinkCounters()
-        self._round_trip_s: float | None = None
-        self._measured_s = 0.0
+        self.heard_s = time.monotonic()
+        """When anything came last (time.monotonic())."""
         self.connection = Connection(
             address,
             client_id,
@@ -188,33 +202,43 @@ class Link:
         """A snapshot."""
         return replace(self._counters)
 
-    @property
-    def round_trip_s(self) -> float | None:
-        """Smoothed time from a request to its reply, less the first server's queue.
-
-        None before the first, and again ESTIMATE_LIFETIME_S after the last: a link that was slow once must be
-        tried again.
-
-        Exponentially weighted as SRTT of RFC 6298; a request that was repeated is no sample (Karn's rule,
-        same RFC), since its reply may belong to either attempt.
-        """
-        if time.monotonic() - self._measured_s > ESTIMATE_LIFETIME_S:
-            return None
-        return self._round_trip_s
-
     # Requests
 
-    def request(self, topic: str, request: Request, payload: Buffer) -> Future[Answered]:
+    def request(
+        self, topic: str, request: Request, payload: Buffer, *, repeat_after_s: float = 0.0
+    ) -> Future[Answered]:
         """Publish, and finish the future when the reply comes or `request.deadline_ms` has passed.
 
         The future ends with Answered, LinkTimeout, LinkLost (also at once, when not connected), ServerBusy,
-        ServerFailed, or LinkError when too many requests wait. It cannot be cancelled: its deadline ends it.
-        Raises FrameError when request or payload are too large, LinkError on a foreign `client`.
+        ServerFailed, RequestCancelled, or LinkError when too many requests wait. Only `cancel` and its deadline
+        end it before. Silence for `repeat_after_s`, or for a third of the deadline where that is more, makes it
+        be published once again. Raises FrameError when request or payload are too large, LinkError on a
+        foreign `client`.
         """
-        if request.client != self.client_id:
-            raise LinkError(f"request.client is {request.client!r}, this link is {self.client_id!r}")
-        future = _Awaited(self, topic, request, payload)
-        frame = parts(request, payload)
+        return self._send(_Awaited(self, topic, request, payload, request.deadline_ms / 1e3, repeat_after_s))
+
+    def probe(self, topic: str, size_bytes: int, timeout_s: float) -> Future[Echoed]:
+        """Ask the node that listens on `topic` for an echo, with a payload of `size_bytes`. Ends as a request does."""
+        probe = Probe(os.urandom(16), self.client_id)
+        awaited = _Awaited(self, topic, probe, bytes(size_bytes), timeout_s, timeout_s)
+        awaited.repeated = True  # a repeat would say nothing about the way
+        return self._send(awaited)
+
+    def cancel(self, request_id: bytes) -> None:
+        """Give a request up and tell its server; nothing when it has ended. Its future ends with RequestCancelled."""
+        future = self._forget(request_id)
+        if future is None:
+            return
+        try:
+            self.connection.publish(future.topic, *parts(Cancel(request_id, self.client_id), b""))
+        except LinkError as exc:
+            log.debug("request %s: not cancelled at its server: %s", request_id.hex(), exc)
+        future.set_exception(RequestCancelled(f"request {request_id.hex()} was cancelled"))
+
+    def _send(self, future: _Awaited) -> _Awaited:
+        if future.request.client != self.client_id:
+            raise LinkError(f"request.client is {future.request.client!r}, this link is {self.client_id!r}")
+        frame = parts(future.request, future.payload)
         try:
             self._remember(future)
         except LinkError as exc:
@@ -223,7 +247,7 @@ class Link:
         try:
             self._publish(future, frame)
         except LinkError as exc:
-            if self._forget(request.id) is not None:
+            if self._forget(future.request.id) is not None:
                 future.set_exception(exc)
             return future
         self._call_at_silence(future)
@@ -250,12 +274,13 @@ class Link:
 
     def _publish_again(self, future: _Awaited) -> None:
         left_ms = (future.deadline_s - time.monotonic()) * 1e3
-        if left_ms <= 0:
+        request = future.request
+        if left_ms <= 0 or isinstance(request, Probe):
             return
         self._counters.retried += 1
-        log.debug("request %s: attempt %d", future.request.id.hex(), future.attempts + 1)
+        log.debug("request %s: attempt %d", request.id.hex(), future.attempts + 1)
         try:
-            self._publish(future, parts(msgspec.structs.replace(future.request, deadline_ms=left_ms), future.payload))
+            self._publish(future, parts(msgspec.structs.replace(request, deadline_ms=left_ms), future.payload))
         except LinkError as exc:
             log.debug("request %s: %s", future.request.id.hex(), exc)
 
@@ -264,7 +289,7 @@ class Link:
     def _call_at_silence(self, future: _Awaited) -> None:
         # One timer now, the one of the deadline when it fires: most requests are answered before.
         now_s = time.monotonic()
-        patience_s = max(3 * (self._round_trip_s or 0.0), (future.deadline_s - now_s) / 3)
+        patience_s = max(future.repeat_after_s, (future.deadline_s - now_s) / 3)
         on_timer = functools.partial(self._on_timer, future.request.id)
         self.connection.call_at(min(now_s + patience_s, future.deadline_s), on_timer)
 
@@ -280,13 +305,14 @@ class Link:
         elif self._forget(request_id) is not None:
             self._counters.timed_out += 1
             log.debug("request %s: no reply in time, %d attempts", request_id.hex(), future.attempts)
-            wanted = f"no reply on {future.topic} within {future.request.deadline_ms:.0f} ms"
+            wanted = f"no reply on {future.topic} within {(future.deadline_s - future.sent_s) * 1e3:.0f} ms"
             lost = future.orphaned or not self.connected
             future.set_exception(LinkLost(f"{wanted}: the connection broke") if lost else LinkTimeout(wanted))
 
     # Network thread: the connection comes and goes
 
     def _on_lost(self) -> None:
+        self._nodes = {}  # what is still there says so again, retained, once the connection is back
         with self._lock:
             for future in self._waiting.values():
                 future.orphaned = True
@@ -301,7 +327,8 @@ class Link:
 
     # The thread that reads: messages come in
 
-    def _on_message(self, topic: str, data: Buffer) -> None:
+    def _on_message(self, topic: str, data: bytes) -> None:
+        self.heard_s = time.monotonic()
         try:
             if topic == self._reply_topic:
                 self._on_reply(data)
@@ -314,7 +341,7 @@ class Link:
     def _on_reply(self, data: Buffer) -> None:
         now_s = time.monotonic()
         message = unpack(data).message
-        if not isinstance(message, (Reply, Busy, Failure)):
+        if not isinstance(message, (Reply, Busy, Failure, Echo)):
             raise FrameError(f"a {type(message).__name__} does not belong here")
         future = self._forget(message.id)
         if future is None:
@@ -323,10 +350,9 @@ class Link:
             return
         self._counters.answered += 1
         if isinstance(message, Reply):
-            round_trip_s = now_s - future.sent_s
-            if future.attempts == 1:
-                self._smooth(round_trip_s - (message.hops[0].queue_ms / 1e3 if message.hops else 0.0))
-            future.set_result(Answered(message, future.bytes_up, len(data), round_trip_s))
+            future.set_result(Answered(message, future.bytes_up, len(data), now_s - future.sent_s, future.attempts))
+        elif isinstance(message, Echo):
+            future.set_result(Echoed(message, future.bytes_up, now_s - future.sent_s))
         elif isinstance(message, Busy):
             future.set_exception(ServerBusy(message.node, message.queue_ms))
         else:
@@ -346,9 +372,3 @@ class Link:
         self._nodes = nodes
         if self._on_status is not None:
             self._on_status(status)
-
-    def _smooth(self, sample_s: float) -> None:
-        sample_s = max(sample_s, 0.0)
-        before_s = self._round_trip_s
-        self._round_trip_s = sample_s if before_s is None else before_s + SMOOTHING * (sample_s - before_s)
-        self._measured_s = time.monotonic()

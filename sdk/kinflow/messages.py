@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 Tier = Literal["device", "edge", "cloud"]
+State = Literal["ready", "failing", "draining", "offline"]
 RequestId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
@@ -78,6 +79,29 @@ class Failure(msgspec.Struct, frozen=True, tag="failure", array_like=True):
     message: Text
 
 
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
+    """The reply to this request is not wanted any more: another node was faster. Not answered."""
+
+    id: RequestId
+    client: Name
+    """Who asked: nobody else may cancel."""
+
+
+class Probe(msgspec.Struct, frozen=True, tag="probe", array_like=True):
+    """Is this node there, and how far away? The payload is filling, so that the throughput shows."""
+
+    id: RequestId
+    client: Name
+
+
+class Echo(msgspec.Struct, frozen=True, tag="echo", array_like=True):
+    """The answer to a probe, past the queue. The payload is empty."""
+
+    id: RequestId
+    node: Name
+    queue_ms: NonNegative
+
+
 class Served(msgspec.Struct, frozen=True, array_like=True):
     """One family that a node serves: the splits it takes and the codecs it can decode there."""
 
@@ -91,7 +115,8 @@ class NodeStatus(msgspec.Struct, frozen=True, tag="status", array_like=True):
 
     node: Name
     tier: Tier
-    state: Literal["ready", "offline"]
+    state: State
+    """Only a ready one is asked. Failing: its own test inference does not succeed; draining: it is about to stop."""
     software: Annotated[str, msgspec.Meta(max_length=32)] = ""
     families: list[Served] = []
     queue_ms: NonNegative = 0.0
@@ -103,4 +128,4 @@ class NodeStatus(msgspec.Struct, frozen=True, tag="status", array_like=True):
     """Requests since the start: answered by an exit, and refused (Busy or Failure)."""
 
 
-Message = Request | Reply | Busy | Failure | NodeStatus
+Message = Request | Reply | Busy | Failure | Cancel | Probe | Echo | NodeStatus

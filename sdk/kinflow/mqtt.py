@@ -32,7 +32,7 @@ __all__ = ["BrokerAddress", "Connection"]
 
 log = logging.getLogger("kinflow.link")
 
-RETRY_DELAYS_S = (0.2, 1.0, 2.0, 4.0, 5.0)
+RETRY_DELAYS_S = (0.2, 0.5, 1.0, 2.0)
 MAX_BACKLOG_BYTES = 4 * MAX_FRAME_BYTES
 _CLOSE_TIMEOUT_S = 1.0
 
@@ -150,6 +150,12 @@ class Connection:
             except OSError as exc:  # the network thread meets it too, and connects again
                 raise LinkLost(f"the connection to {self.address} broke: {exc}") from exc
         self._timers.wake()
+
+    def renew(self) -> None:
+        """Give the present connection up, as one that nothing comes through any more, and make another one."""
+        with self._write_lock, contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)  # the network thread sees the end, and does the rest
 
     def call_at(self, when_s: float, fn: Callable[[], None]) -> None:
         """Run `fn` on the network thread when time.monotonic() reaches `when_s`, connected or not."""

@@ -5,22 +5,28 @@ Device and edge server use the same rule; the device is the lowest tier, the clo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
+from kinflow.estimate import LinkEstimate
+from kinflow.manifest import Split
 from kinflow.messages import Tier
 
+# What a request's header and MQTT add to its features.
+HEADER_BYTES = 150
 
-class LinkEstimate(Struct, frozen=True):
-    """What is known of the way to one server."""
 
-    round_trip_s: float
-    """Smoothed time from sending a request to its reply, without the server's own queue."""
-    queue_s: float
-    """Queue delay that the server reported last."""
+class Rate(Struct, frozen=True):
+    """One way to code the features at a split."""
+
+    codec: str
+    size_bytes: float
+    """Mean coded size, from the bundle."""
 
     @property
-    def expected_s(self) -> float:
-        return self.round_trip_s + self.queue_s
+    def sent_bytes(self) -> float:
+        return self.size_bytes + HEADER_BYTES
 
 
 class Route(Struct, frozen=True):
@@ -29,7 +35,8 @@ class Route(Struct, frozen=True):
     node: str
     tier: Tier
     split: str
-    codec: str
+    rates: tuple[Rate, ...]
+    """The codecs it takes, the preferred one first, then the ever smaller ones."""
     estimate: LinkEstimate
 
 
@@ -49,9 +56,10 @@ class Keep(Struct, frozen=True):
 
 
 class Offload(Struct, frozen=True):
-    """Send the features up."""
+    """Send the features up, coded by `codec`."""
 
     route: Route
+    codec: str
     reason: str
 
 
@@ -60,17 +68,41 @@ Decision = Keep | Offload
 CONFIDENT = "confident"
 
 
-def decide(confidence: float, threshold: float, route: Route | NoRoute, remaining_s: float) -> Decision:
-    """`route` is the best server above; `remaining_s` is what is left of the deadline."""
+def decide(confidence: float, threshold: float, routes: Sequence[Route] | NoRoute, remaining_s: float) -> Decision:
+    """`routes`: at least one, in the order of resort; `remaining_s` is what is left of the deadline.
+
+    The first node that is expected to answer in time is asked, with the preferred codec; where the link is too
+    slow for that, with the largest smaller one that makes it.
+    """
     if confidence >= threshold:
         return _CONFIDENT
-    if isinstance(route, NoRoute):
-        return Keep(route.reason, degraded=not route.by_choice)
-    expected = route.estimate.expected_s
-    if expected > remaining_s:
-        reason = f"{route.node} needs about {expected * 1e3:.0f} ms, {max(remaining_s, 0) * 1e3:.0f} ms are left"
-        return Keep(reason, degraded=True)
-    return Offload(route, f"confidence {confidence:.2f} is below {threshold:.2f}")
+    if isinstance(routes, NoRoute):
+        return Keep(routes.reason, degraded=not routes.by_choice)
+    for route in routes:
+        for rate in route.rates:
+            if route.estimate.expected_s(rate.sent_bytes) <= remaining_s:
+                reason = f"confidence {confidence:.2f} is below {threshold:.2f}"
+                if rate is not route.rates[0]:
+                    reason += f"; {rate.codec}, since {_too_slow(route, remaining_s)}"
+                return Offload(route, rate.codec, reason)
+    return Keep(_too_slow(routes[0], remaining_s), degraded=True)
+
+
+def rates(split: Split, codec: str = "") -> tuple[Rate, ...]:
+    """How features may leave at a split: by `codec` alone, or by the default one and every smaller one, by size."""
+    preferred = codec or split.default_codec
+    sizes = {name: spec.bytes_mean for name, spec in split.codecs.items()}
+    smaller = [] if codec else [name for name, size in sizes.items() if size < sizes[preferred]]
+    smaller.sort(key=lambda name: -sizes[name])
+    return tuple(Rate(name, sizes[name]) for name in (preferred, *smaller))
+
+
+def _too_slow(route: Route, remaining_s: float) -> str:
+    rate = route.rates[0]
+    expected_ms = route.estimate.expected_s(rate.sent_bytes) * 1e3
+    return (
+        f"{route.node} needs about {expected_ms:.0f} ms for {rate.codec}, {max(remaining_s, 0) * 1e3:.0f} ms are left"
+    )
 
 
 # Most answers are this one: made once.

@@ -48,8 +48,17 @@ class DeviceSettings(_Settings, frozen=True):
     ] = None
     codec: Annotated[str, _doc("Codec of the features that leave; empty: the split's default.")] = ""
     offload: Annotated[bool, _doc("False: never use the network.")] = True
-    broker: Annotated[str, _doc("`host:port` of a server's broker; empty: find one by zeroconf.")] = ""
+    broker: Annotated[
+        str, _doc("`host:port` of a server's broker, or several with commas between; empty: find them by zeroconf.")
+    ] = ""
+    cloud: Annotated[
+        str, _doc("`host:port` of the cloud's broker, asked directly when no edge server can be; with commas, several.")
+    ] = ""
     interfaces: Annotated[list[str], _doc("IPv4 addresses whose networks are searched; empty: all of them.")] = []
+    audit_share: Annotated[
+        float,
+        _doc("Share of all images whose kept answer is compared with a server's, when idle; 0: none.", ge=0, le=1),
+    ] = 0.0
     workers: Annotated[int, _doc("How many `submit()` calls run at the same time.", ge=1, le=256)] = 4
 
 
@@ -68,6 +77,13 @@ class BrokerSettings(_Settings, frozen=True):
         "127.0.0.1"
     )
     port: Annotated[Port, _doc("Port that the started broker binds; 0: any free one.")] = 1883
+
+
+class HttpSettings(_Settings, frozen=True):
+    """Where a server answers `/live`, `/ready` and `/metrics`."""
+
+    listen: Annotated[str, _doc("IPv4 address that is bound. Loopback unless told otherwise.")] = "127.0.0.1"
+    port: Annotated[Port, _doc("Port that is bound; 0: any free one, which the server says when it is ready.")] = 0
 
 
 class ServerSettings(_Settings, frozen=True):
@@ -93,13 +109,25 @@ class ServerSettings(_Settings, frozen=True):
         ),
     ] = 0.0
     queue_size: Annotated[int, _doc("Most requests waiting; above it the answer is Busy.", ge=1, le=100_000)] = 1024
-    upstream: Annotated[str, _doc("`host:port` of the next tier's broker; empty: nothing above.")] = ""
+    queue_size_per_device: Annotated[
+        int, _doc("Most requests of one device waiting; above it that device is told Busy.", ge=1, le=100_000)
+    ] = 256
+    drain_s: Annotated[
+        float,
+        _doc(
+            "How long a server that is told to stop waits at most until its devices have moved, seconds.", ge=0, le=600
+        ),
+    ] = 3.0
+    upstream: Annotated[
+        str, _doc("`host:port` of the next tier's broker, or several with commas between; empty: nothing above.")
+    ] = ""
     advertise: Annotated[bool, _doc("Announce this server by zeroconf.")] = True
     interfaces: Annotated[
         list[str], _doc("IPv4 addresses announced and used for zeroconf; empty: those that the broker binds.")
     ] = []
     status_interval_s: Annotated[float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)] = 1.0
     broker: Annotated[BrokerSettings, _doc("The broker this server uses.")] = BrokerSettings()
+    http: Annotated[HttpSettings, _doc("Where its health and metrics are read.")] = HttpSettings()
 
 
 S = TypeVar("S", bound=_Settings)

@@ -1,6 +1,7 @@
 """The only place with topic strings.
 
     kinflow/v1/<tier>/<family>/<split>/req    a request for any server of that tier
+    kinflow/v1/node/<node id>/<family>/<split>/req    a request for this server alone, or its probe or cancel
     kinflow/v1/reply/<client id>              one client's replies
     kinflow/v1/node/<node id>/status          retained, last will "offline"
 
@@ -24,6 +25,11 @@ def request(tier: Tier, family: str, split: str) -> str:
 def shared_requests(tier: Tier, family: str, split: str) -> str:
     """What a server subscribes to: the broker gives each request to one server of the group."""
     return f"$share/{tier}/{request(tier, family, split)}"
+
+
+def request_to(node: str, family: str, split: str) -> str:
+    """Where a request goes that only this server may take."""
+    return f"{ROOT}/node/{node}/{family}/{split}/req"
 
 
 def reply(client_id: str) -> str:

@@ -1,8 +1,7 @@
-"""Which server is asked: found by zeroconf or named in the settings, one link at a time.
+"""Who is above: a link to each broker that is named or announced, a peer for each server that speaks there.
 
-Devices use it for the edge, edge servers for the cloud. A thread of its own makes and replaces the link,
-so that nothing here ever holds up an inference. A link is replaced when its server stays unusable and another
-one is announced, or when one of a nearer tier is announced; the new link must work before the old one is left.
+Devices use it for edge and cloud, edge servers for the cloud. A thread of its own makes and closes links and sends
+probes, so that nothing here ever holds up an inference.
 """
 
 from __future__ import annotations
@@ -10,92 +9,67 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+import zlib
+from collections.abc import Collection, Sequence
 
 from kinflow import topics
 from kinflow.discovery import Browser
-from kinflow.errors import KinflowError, LinkLost
+from kinflow.errors import KinflowError
 from kinflow.family import Family
 from kinflow.frame import Buffer
-from kinflow.link import Answered, Link
+from kinflow.link import Link
 from kinflow.logs import event
 from kinflow.messages import NodeStatus, Request, Tier
 from kinflow.mqtt import BrokerAddress
-from kinflow.policy import LinkEstimate, NoRoute, Route
+from kinflow.peer import Attempt, Peer
+from kinflow.policy import NoRoute, Offload, Rate, Route
+from kinflow.resort import Resort
 
 log = logging.getLogger("kinflow.uplink")
 
 CHECK_INTERVAL_S = 0.25
-# A server that stays unusable this long is given up for another one that is announced ...
-GIVE_UP_S = 2.0
-# ... and not tried again for this long while there are others.
-AVOID_S = 5.0
-# What a new link gets to connect and hear of a usable server before it is dropped again.
-TRIAL_S = 1.5
-# A replaced link stays open this long: requests may still be under way on it.
+# A node that was not heard of for so long is probed.
+PROBE_INTERVAL_S = 5.0
+# A LAN may have many servers; a device keeps links to a few brokers beside the named ones.
+MAX_ANNOUNCED = 6
+# The link to a broker that is no longer announced stays open this long: requests may still be under way on it.
 RETIRE_S = 10.0
-# At the start a farther tier is taken only when no nearer one was announced in this time.
-PATIENCE_S = 0.5
-# Before the first reply nothing is known of the way: expect little, the deadline still holds.
-FIRST_ROUND_TRIP_S = 0.005
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A broker to link to; a named one stands for every tier."""
-
-    address: BrokerAddress
-    rank: int
-    """Place of its tier among those asked, 0 the nearest."""
-
-
-@dataclass(frozen=True)
-class _Path:
-    """The link in use and where it leads."""
-
-    target: _Target
-    link: Link
 
 
 class Uplink:
-    """Keeps a Link to a server that can continue `family` at `split` with `codec`."""
+    """Knows the servers of `tiers` that can continue `family`, and asks them in the order of resort."""
 
     def __init__(
         self,
         family: Family,
-        split: str,
-        codec: str,
         client_id: str,
         *,
         tiers: Sequence[Tier],
-        broker: str = "",
+        brokers: Sequence[BrokerAddress] = (),
+        browse: bool = False,
         interfaces: Sequence[str] = (),
     ) -> None:
-        """`tiers`: those that may be asked, the preferred one first."""
+        """`tiers`: those that may be asked, the preferred one first. `browse`: use announced brokers too."""
         self._tiers = tuple(tiers)
         self._family = family
-        self._split = split
-        self._codec = codec
         self._client_id = client_id
-        self._fixed = _Target(BrokerAddress.parse(broker), 0) if broker else None
-        self._browser = None if broker else Browser(interfaces=interfaces, on_change=self._poke)
-        self._path: _Path | None = None
-        self._retired: list[tuple[float, Link]] = []
-        self._avoided_until_s: dict[BrokerAddress, float] = {}
-        self._unusable_since_s = 0.0
-        self._started_s = 0.0
+        self._named = tuple(brokers)
+        self._browser = Browser(interfaces=interfaces, on_change=self._poke) if browse else None
+        # Both are replaced, never changed: they are read on other threads.
+        self._links: dict[BrokerAddress, Link] = {}
+        self._peers: dict[str, Peer] = {}
+        self._lock = threading.Lock()
+        self._unwanted_since_s: dict[BrokerAddress, float] = {}
+        self._closing: list[threading.Thread] = []
         self._links_made = 0
         self._changed = threading.Event()
         self._stop = threading.Event()
-        self._routable = threading.Condition()
+        self._news = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="kinflow-uplink", daemon=True)
 
     def start(self) -> None:
         if self._browser is not None:
             self._browser.start()
-        self._started_s = time.monotonic()
         self._thread.start()
 
     def close(self) -> None:
@@ -104,146 +78,197 @@ class Uplink:
         self._thread.join()
         if self._browser is not None:
             self._browser.close()
-        links = [link for _, link in self._retired]
-        if self._path is not None:
-            links.append(self._path.link)
-        for link in links:
-            link.close()
+        for link in self._links.values():
+            self._close(link)
+        for thread in self._closing:
+            thread.join()
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, split: str, rates: Sequence[Rate], timeout_s: float) -> bool:
         """True as soon as there is a route, False when there is none after `timeout_s`."""
-        with self._routable:
-            return self._routable.wait_for(lambda: isinstance(self.route(), Route), timeout_s)
+        with self._news:
+            return self._news.wait_for(lambda: not isinstance(self.routes(split, rates), NoRoute), timeout_s)
 
-    def route(self) -> Route | NoRoute:
-        """The best server that the current link reaches, or why there is none."""
-        path = self._path
-        return NoRoute("no server found yet") if path is None else self._route_by(path)
+    @property
+    def peers(self) -> Sequence[Peer]:
+        """Every node that was heard of."""
+        return tuple(self._peers.values())
 
-    def request(self, route: Route, request_id: bytes, payload: Buffer, remaining_s: float) -> Future[Answered]:
-        """Send coded features along `route`. The future ends within `remaining_s`, see Link.request.
+    def routes(self, split: str, rates: Sequence[Rate]) -> Sequence[Route] | NoRoute:
+        """Whom to ask to continue from `split`: the nearest tier first, in it whoever is expected to be fastest.
 
-        Raises LinkLost when the link that `route` was for was replaced meanwhile.
+        `rates`: the codecs that may be used, the preferred one first.
         """
-        path = self._path
-        if path is None or route.node not in path.link.nodes:
-            raise LinkLost(f"the link to {route.node} was just replaced")
-        request = Request(
-            id=request_id,
-            client=path.link.client_id,
-            family=self._family.id,
-            version=self._family.version,
-            split=route.split,
-            codec=route.codec,
-            deadline_ms=max(0.0, remaining_s) * 1e3,
-        )
-        return path.link.request(topics.request(route.tier, self._family.id, route.split), request, payload)
-
-    def _route_by(self, path: _Path) -> Route | NoRoute:
-        if not path.link.connected:
-            return NoRoute(f"no connection to {path.target.address}")
-        refusal = f"no server at {path.target.address}"
-        best: NodeStatus | None = None
-        for status in path.link.nodes.values():
-            why = self._refusal(status)
+        now_s = time.monotonic()
+        found: list[tuple[int, float, str, Route]] = []
+        refusal = ""
+        for peer in self._peers.values():
+            status = peer.status
+            if status is None:
+                continue
+            fitting, why = self._fitting(status, split, rates)
+            if not why and peer.breaker.state(now_s) != "closed":
+                why = f"{peer.node} did not answer {peer.breaker.failures} times and is left alone for a while"
             if why:
                 refusal = why
-            elif best is None or self._rank(status) < self._rank(best):
-                best = status
-        if best is None:
-            return NoRoute(refusal)
-        round_trip_s = path.link.round_trip_s
-        estimate = LinkEstimate(FIRST_ROUND_TRIP_S if round_trip_s is None else round_trip_s, best.queue_ms / 1e3)
-        return Route(best.node, best.tier, self._split, self._codec, estimate)
+                continue
+            route = Route(peer.node, status.tier, split, fitting, peer.estimate)
+            cost_s = route.estimate.cost_s(fitting[0].sent_bytes)
+            found.append((self._tiers.index(status.tier), cost_s, peer.node, route))
+        if not found:
+            return NoRoute(refusal or self._nobody())
+        found.sort(key=lambda entry: entry[:3])
+        return [entry[3] for entry in found]
 
-    def _rank(self, status: NodeStatus) -> tuple[int, float, str]:
-        return self._tiers.index(status.tier), status.queue_ms, status.node
+    def request(self, offload: Offload, request_id: bytes, payload: Buffer, remaining_s: float) -> Resort:
+        """Send coded features along `offload.route`, and further along the order of resort where that does not do.
 
-    def _refusal(self, status: NodeStatus) -> str:
-        """Why this node cannot be asked; empty when it can."""
+        The future ends within `remaining_s`, see Resort.
+        """
+        deadline_s = time.monotonic() + remaining_s
+        rate = Rate(offload.codec, len(payload))
+        split = offload.route.split
+
+        def ask(asked: Collection[str]) -> Attempt | None:
+            now_s = time.monotonic()
+            # Several nodes may be asked over one link: to tell their replies apart the id's last byte counts them.
+            id_ = request_id[:-1] + bytes([(request_id[-1] + len(asked)) % 256])
+            chosen = None if asked else self._peers.get(offload.route.node)
+            if chosen is not None and chosen.link.connected:
+                return self._ask(chosen, split, rate.codec, id_, payload, deadline_s - now_s)
+            routes = self.routes(split, (rate,))
+            for route in () if isinstance(routes, NoRoute) else routes:
+                in_time = route.estimate.expected_s(rate.sent_bytes) <= deadline_s - now_s
+                if route.node not in asked and in_time and (peer := self._peers.get(route.node)) is not None:
+                    return self._ask(peer, split, rate.codec, id_, payload, deadline_s - now_s)
+            return None
+
+        return Resort(deadline_s, ask).begin()
+
+    def _ask(
+        self, peer: Peer, split: str, codec: str, request_id: bytes, payload: Buffer, remaining_s: float
+    ) -> Attempt:
+        request = Request(
+            id=request_id,
+            client=peer.link.client_id,
+            family=self._family.id,
+            version=self._family.version,
+            split=split,
+            codec=codec,
+            deadline_ms=max(0.0, remaining_s) * 1e3,
+        )
+        return peer.ask(topics.request_to(peer.node, self._family.id, split), request, payload)
+
+    def _fitting(self, status: NodeStatus, split: str, rates: Sequence[Rate]) -> tuple[tuple[Rate, ...], str]:
+        """The rates that this node takes, or why it cannot be asked."""
         if status.tier not in self._tiers:
-            return f"{status.node} is of the tier {status.tier}, {' or '.join(self._tiers)} is asked"
+            return (), f"{status.node} is of the tier {status.tier}, {' or '.join(self._tiers)} is asked"
         if status.state != "ready":
-            return f"{status.node} is {status.state}"
+            return (), f"{status.node} is {status.state}"
         for served in status.families:
             if served.family == self._family.id:
                 if served.version != self._family.version:
                     found = f"{served.family} {served.version}"
-                    return f"{status.node} serves {found}, this is {self._family.version}"
-                if self._codec not in served.splits.get(self._split, []):
-                    return f"{status.node} does not take {self._codec} at split {self._split}"
-                return ""
-        return f"{status.node} does not serve {self._family.id}"
+                    return (), f"{status.node} serves {found}, this is {self._family.version}"
+                taken = served.splits.get(split, [])
+                fitting = tuple(rate for rate in rates if rate.codec in taken)
+                wanted = " or ".join(rate.codec for rate in rates)
+                return fitting, "" if fitting else f"{status.node} does not take {wanted} at split {split}"
+        return (), f"{status.node} does not serve {self._family.id}"
 
-    def _poke(self, _status: NodeStatus | None = None) -> None:
+    def _nobody(self) -> str:
+        for address, link in self._links.items():
+            return f"no server at {address}" if link.connected else f"no connection to {address}"
+        return "no server found yet"
+
+    # The uplink's thread
+
+    def _poke(self) -> None:
         self._changed.set()
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            self._changed.clear()
             try:
-                self._supervise(time.monotonic())
+                self._follow(time.monotonic())
+                self._probe(time.monotonic())
             except KinflowError as exc:
                 event(log, logging.WARNING, "uplink failed", error=str(exc))
-            with self._routable:
-                self._routable.notify_all()
+            with self._news:
+                self._news.notify_all()
             self._changed.wait(CHECK_INTERVAL_S)
-            self._changed.clear()
 
-    def _supervise(self, now_s: float) -> None:
-        """Close what is no longer used; make the first link, or a better one."""
-        for entry in [entry for entry in self._retired if entry[0] <= now_s]:
-            self._retired.remove(entry)
-            entry[1].close()
-        path = self._path
-        usable = path is not None and isinstance(self._route_by(path), Route)
-        if usable or path is None:
-            self._unusable_since_s = now_s
-        target = self._choose(path, usable, now_s)
-        if target is not None and (path is None or target.address != path.target.address):
-            self._replace(path, target)
+    def _follow(self, now_s: float) -> None:
+        """Link to what is named or announced; close what has not been for a while."""
+        wanted = list(dict.fromkeys((*self._named, *self._announced())))
+        for address in wanted:
+            self._unwanted_since_s.pop(address, None)
+            if address not in self._links:
+                self._connect(address)
+        for address in [address for address in self._links if address not in wanted]:
+            if now_s - self._unwanted_since_s.setdefault(address, now_s) > RETIRE_S:
+                self._disconnect(address)
 
-    def _choose(self, path: _Path | None, usable: bool, now_s: float) -> _Target | None:
-        """The broker to be linked to now; the current one means: stay."""
+    def _announced(self) -> list[BrokerAddress]:
+        """Brokers of announced servers of this family: the nearest tier first, in it an order of this client's own.
+
+        That order spreads many devices over many servers (rendezvous hashing).
+        """
         if self._browser is None:
-            return self._fixed
-        targets = [target for target in self._announced() if self._avoided_until_s.get(target.address, 0.0) <= now_s]
-        if path is None:
-            patient = now_s - self._started_s < PATIENCE_S
-            return targets[0] if targets and not (patient and targets[0].rank > 0) else None
-        if usable:
-            nearer = [target for target in targets if target.rank < path.target.rank]
-            return nearer[0] if nearer else path.target
-        if now_s - self._unusable_since_s < GIVE_UP_S:
-            return path.target
-        others = [target for target in targets if target.address != path.target.address]
-        return others[0] if others else path.target
-
-    def _announced(self) -> list[_Target]:
-        """Announced servers of this family, the nearest tier first, then by name."""
-        assert self._browser is not None
+            return []
         nodes = [
             node
             for node in self._browser.nodes()
             if node.tier in self._tiers and (self._family.id, self._family.version) in node.families
         ]
-        nodes.sort(key=lambda node: (self._tiers.index(node.tier), node.node))
-        return [_Target(BrokerAddress(node.host, node.port), self._tiers.index(node.tier)) for node in nodes]
+        nodes.sort(key=lambda node: (self._tiers.index(node.tier), zlib.crc32(f"{self._client_id}{node}".encode())))
+        return list(dict.fromkeys(BrokerAddress(node.host, node.port) for node in nodes))[:MAX_ANNOUNCED]
 
-    def _replace(self, old: _Path | None, target: _Target) -> None:
-        """Link to `target`; keep the old link when the new one does not work out."""
+    def _connect(self, address: BrokerAddress) -> None:
         self._links_made += 1
-        # A client id of its own for each link: old and new may meet at one broker.
-        link = Link(target.address, f"{self._client_id}-{self._links_made}", on_status=self._poke)
-        path = _Path(target, link)
+        # A client id of its own for each link: two may meet at one broker.
+        client_id = f"{self._client_id}-{self._links_made}"
+        link = Link(address, client_id, on_status=lambda status: self._heard(address, status))
+        self._links = {**self._links, address: link}
         link.start()
-        if old is not None:
-            give_up_s = time.monotonic() + TRIAL_S
-            while not isinstance(self._route_by(path), Route):
-                if time.monotonic() > give_up_s or self._stop.is_set():
-                    self._avoided_until_s[target.address] = time.monotonic() + AVOID_S
-                    link.close()
-                    return
-                self._stop.wait(0.02)
-            self._retired.append((time.monotonic() + RETIRE_S, old.link))
-        self._path = path
-        event(log, logging.INFO, "uplink", broker=str(target.address))
+        event(log, logging.INFO, "link opened", broker=str(address))
+
+    def _disconnect(self, address: BrokerAddress) -> None:
+        link = self._links[address]
+        del self._unwanted_since_s[address]
+        self._links = {other: kept for other, kept in self._links.items() if other != address}
+        with self._lock:
+            self._peers = {node: peer for node, peer in self._peers.items() if peer.link is not link}
+        self._close(link)
+        event(log, logging.INFO, "link closed", broker=str(address))
+
+    def _close(self, link: Link) -> None:
+        """On a thread of its own: a connect that hangs may hold it up for seconds."""
+        thread = threading.Thread(target=link.close, name="kinflow-uplink-close", daemon=True)
+        thread.start()
+        self._closing = [closing for closing in self._closing if closing.is_alive()] + [thread]
+
+    def _heard(self, address: BrokerAddress, status: NodeStatus) -> None:
+        """A network thread: a node said something at this broker."""
+        link = self._links.get(address)
+        if link is None:
+            return
+        with self._lock:
+            peer = self._peers.get(status.node)
+            # The same node may be seen on two links: the first one that works is used.
+            if peer is None or (peer.link is not link and peer.status is None):
+                peer = Peer(status.node, link)
+                self._peers = {**self._peers, status.node: peer}
+        if peer.link is link:
+            peer.said(status)
+        self._poke()
+
+    def _probe(self, now_s: float) -> None:
+        for peer in self._peers.values():
+            status = peer.status
+            if status is None:
+                peer.lost()
+                continue
+            served = next((served for served in status.families if served.family == self._family.id), None)
+            if status.state == "ready" and status.tier in self._tiers and served is not None and served.splits:
+                topic = topics.request_to(peer.node, self._family.id, next(iter(served.splits)))
+                peer.probe_if_due(topic, now_s, PROBE_INTERVAL_S)

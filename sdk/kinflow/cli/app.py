@@ -25,6 +25,7 @@ OWN = {
     "discover": "kinflow.cli.discover:discover",
     "inspect": "kinflow.cli.inspect:inspect",
     "doctor": "kinflow.cli.doctor:doctor",
+    "health": "kinflow.cli.health_server:health",
 }
 # The extra that brings what a command of this project imports.
 EXTRAS = {"edge": "edge", "cloud": "cloud", "build": "builder", "certify": "certify", "bench": "bench", "demo": "edge"}

@@ -1,0 +1,140 @@
+"""One node as its client sees it: the link that leads there, what is known of the way, and its breaker.
+
+Every outcome of a request or a probe teaches both. For any thread.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+from kinflow.breaker import Breaker
+from kinflow.errors import LinkTimeout, RequestCancelled, ServerBusy, ServerFailed
+from kinflow.estimate import Estimator, LinkEstimate
+from kinflow.frame import Buffer
+from kinflow.link import Answered, Echoed, Link
+from kinflow.messages import NodeStatus, Request
+from kinflow.policy import HEADER_BYTES
+
+PROBE_TIMEOUT_S = 1.0
+# A link that even a status has not come through for so long, while a probe went unanswered, is connected anew.
+SILENT_S = 2.5
+# Every other probe is as large as this, so that the throughput shows.
+PROBE_BYTES = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One request at one node."""
+
+    peer: Peer
+    request_id: bytes
+    future: Future[Answered]
+    late_s: float
+    """When 19 of 20 replies would be here (time.monotonic())."""
+
+
+class Peer:
+    """`link` leads to the node's broker; the node is asked on topics of its own."""
+
+    def __init__(self, node: str, link: Link) -> None:
+        self.node = node
+        self.link = link
+        self.breaker = Breaker()
+        self._estimator = Estimator()
+        self._lock = threading.Lock()
+        self._probe: Future[Echoed] | None = None
+        self._probes = 0
+        self._heard_s = -math.inf  # a new one is probed at once
+        self._was_ready = False
+
+    @property
+    def estimate(self) -> LinkEstimate:
+        return self._estimator.now
+
+    @property
+    def status(self) -> NodeStatus | None:
+        """What it said last; None while the connection is down or it has said nothing."""
+        return self.link.nodes.get(self.node)
+
+    def said(self, status: NodeStatus) -> None:
+        """Its status came."""
+        with self._lock:
+            self._estimator.reported(status.queue_ms / 1e3)
+            ready = status.state == "ready"
+            if ready and not self._was_ready:
+                self.breaker = self.breaker.back(time.monotonic())
+            self._was_ready = ready
+
+    def lost(self) -> None:
+        """The connection to its broker is down: its next status is a comeback."""
+        self._was_ready = False
+
+    def ask(self, topic: str, request: Request, payload: Buffer) -> Attempt:
+        """Link.request, and learn from how it ends."""
+        size_bytes = len(payload) + HEADER_BYTES
+        late_s = self.estimate.late_s(size_bytes)
+        sent_s = time.monotonic()
+        future = self.link.request(topic, request, payload, repeat_after_s=late_s)
+        future.add_done_callback(partial(self._learn, sent_s, size_bytes, late_s))
+        return Attempt(self, request.id, future, sent_s + late_s)
+
+    def probe_if_due(self, topic: str, now_s: float, idle_s: float) -> None:
+        """When it is half-open, or was not heard of for `idle_s`; one probe at a time."""
+        state = self.breaker.state(now_s)
+        if self._probe is not None or state == "open" or (state == "closed" and now_s - self._heard_s < idle_s):
+            return
+        self._probes += 1
+        self._probe = self.link.probe(topic, PROBE_BYTES * (self._probes % 2), PROBE_TIMEOUT_S)
+        self._probe.add_done_callback(self._learn_from_probe)
+
+    def _learn(self, sent_s: float, size_bytes: int, late_s: float, future: Future[Answered]) -> None:
+        now_s = time.monotonic()
+        error = future.exception()
+        with self._lock:
+            if error is None:
+                answered = future.result()
+                hops = answered.reply.hops
+                server_s, queue_s = (hops[0].total_ms / 1e3, hops[0].queue_ms / 1e3) if hops else (0.0, 0.0)
+                if answered.attempts == 1:  # else it is no sample: Karn's rule, RFC 6298
+                    self._estimator.replied(answered.bytes_up, answered.round_trip_s, server_s, queue_s)
+                self._succeeded(now_s)
+            elif isinstance(error, ServerBusy):
+                self._estimator.reported(error.queue_ms / 1e3)
+                self._succeeded(now_s)
+            elif isinstance(error, ServerFailed):
+                self._failed(now_s)
+            elif isinstance(error, (LinkTimeout, RequestCancelled)) and now_s - sent_s >= late_s:
+                # One that had less time than its usual ones take has not failed.
+                self._estimator.unanswered(size_bytes, now_s - sent_s)
+                self._failed(now_s)
+
+    def _learn_from_probe(self, future: Future[Echoed]) -> None:
+        now_s = time.monotonic()
+        error = future.exception()
+        with self._lock:
+            self._probe = None
+            self._heard_s = now_s  # also when it failed: the next one waits its turn
+            if error is None:
+                echoed = future.result()
+                if self.breaker.state(now_s) != "closed":
+                    self._estimator = Estimator()  # what was learned while it failed says nothing about now
+                self._estimator.echoed(echoed.bytes_up, echoed.round_trip_s, echoed.echo.queue_ms / 1e3)
+                self._succeeded(now_s)
+            elif isinstance(error, LinkTimeout):
+                self._estimator.unanswered(HEADER_BYTES, PROBE_TIMEOUT_S)
+                self._failed(now_s)
+                if self.breaker.state(now_s) != "closed" and now_s - self.link.heard_s > SILENT_S:
+                    self.link.connection.renew()  # half-open, perhaps: its keepalive would take twice as long
+
+    def _succeeded(self, now_s: float) -> None:
+        self._heard_s = now_s
+        self.breaker = self.breaker.succeeded()
+
+    def _failed(self, now_s: float) -> None:
+        self.breaker = self.breaker.failed(now_s, random.random())

@@ -1,0 +1,142 @@
+"""One request and the nodes that may answer it: the next is asked when one fails or is silent for too long.
+
+The first reply is taken, the others are cancelled. Silence is noticed by whoever waits for the result; where
+nobody does, `watch` leaves it to the network thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+
+from kinflow.errors import LinkLost
+from kinflow.link import Answered
+from kinflow.peer import Attempt
+
+# Several nodes were asked, or another thread reads the socket: how long to wait before looking around.
+SLICE_S = 0.05
+
+
+class Resort(Future[Answered]):
+    """`ask(nodes)` asks the best node that is none of `nodes` and can still make it; None when there is none.
+
+    Ends as Link.request does, with the last node's error when none of them answered.
+    """
+
+    def __init__(self, deadline_s: float, ask: Callable[[Collection[str]], Attempt | None]) -> None:
+        super().__init__()
+        self._deadline_s = deadline_s
+        self._ask = ask
+        self._lock = threading.RLock()
+        self._attempts: list[Attempt] = []
+        self._exhausted = False
+        self._over = False
+        self._error: BaseException = LinkLost("the node that was chosen is gone, and there is no other")
+        self.story = ""
+        """What happened on the way, unless the first node simply answered."""
+        self.set_running_or_notify_cancel()  # from now on cancel() does nothing
+
+    def begin(self) -> Resort:
+        """Ask the first node."""
+        self._ask_next()
+        return self
+
+    def result(self, timeout: float | None = None) -> Answered:
+        return super().result(self._wait(timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        return super().exception(self._wait(timeout))
+
+    def watch(self) -> None:
+        """Nobody waits: notice silence on the network thread."""
+        attempt = self._latest
+        if attempt is not None:
+            attempt.peer.link.connection.call_at(attempt.late_s, partial(self._on_silence, attempt))
+
+    def abandon(self) -> None:
+        """The answer is not wanted any more: cancel it wherever it was asked for."""
+        with self._lock:
+            self._exhausted = True
+            attempts = list(self._attempts)
+        for attempt in attempts:
+            attempt.peer.link.cancel(attempt.request_id)
+
+    @property
+    def _latest(self) -> Attempt | None:
+        return self._attempts[-1] if self._attempts and not self._exhausted else None
+
+    def _wait(self, timeout_s: float | None) -> float | None:
+        """Read the socket while one node alone was asked; ask the next when it is late. What is left of the timeout."""
+        if self.done():
+            return timeout_s
+        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+        until_s = self._deadline_s if give_up_s is None else min(give_up_s, self._deadline_s)
+        while not self.done() and (now_s := time.monotonic()) < until_s:
+            attempt = self._attempts[-1]
+            next_s = until_s if self._exhausted else max(now_s, min(attempt.late_s, until_s))
+            if len(self._attempts) == 1:
+                attempt.peer.link.connection.drive(attempt.future.done, next_s)
+            with contextlib.suppress(FutureTimeoutError):
+                super().exception(max(0.0, min(next_s - time.monotonic(), SLICE_S)))
+            if attempt is self._latest and (time.monotonic() >= attempt.late_s or not attempt.peer.link.connected):
+                self._on_silence(attempt)
+        return None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
+
+    def _on_silence(self, attempt: Attempt) -> None:
+        if not attempt.future.done() and attempt is self._latest and self._ask_next():
+            self.watch()
+
+    def _ask_next(self) -> bool:
+        """Ask one more node; whether there was one. Its callback may come at once, and ask again."""
+        with self._lock:
+            if self._over or self._exhausted:
+                return False
+            before = self._attempts[-1] if self._attempts else None
+            attempt = self._ask([attempt.peer.node for attempt in self._attempts])
+            if attempt is None:
+                self._exhausted = True
+            else:
+                self._attempts.append(attempt)
+                if before is not None and not before.future.done():
+                    self._tell(f"{before.peer.node} was silent, {attempt.peer.node} was asked too")
+        if attempt is None:
+            if all(each.future.done() for each in self._attempts):
+                self._end(None)
+            return False
+        attempt.future.add_done_callback(partial(self._on_end, attempt))
+        return True
+
+    def _on_end(self, attempt: Attempt, future: Future[Answered]) -> None:
+        error = future.exception()
+        if error is None:
+            self._end(future.result())
+            return
+        with self._lock:
+            if self._over:
+                return
+            self._error = error
+            self._tell(f"{attempt.peer.node}: {getattr(error, 'code', 'internal')}")
+            under_way = any(not each.future.done() for each in self._attempts)
+        if not under_way and not self._ask_next():
+            self._end(None)
+
+    def _end(self, answered: Answered | None) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            others = [attempt for attempt in self._attempts if not attempt.future.done()]
+        if answered is None:
+            self.set_exception(self._error)
+        else:
+            self.set_result(answered)
+        for attempt in others:
+            attempt.peer.link.cancel(attempt.request_id)
+
+    def _tell(self, what: str) -> None:
+        self.story = f"{self.story}; {what}" if self.story else what
