@@ -327,7 +327,7 @@ class Link:
 
     # The thread that reads: messages come in
 
-    def _on_message(self, topic: str, data: bytes) -> None:
+    def _on_message(self, topic: str, data: memoryview) -> None:
         self.heard_s = time.monotonic()
         try:
             if topic == self._reply_topic:
