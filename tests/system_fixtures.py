@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kinflow import idx
-from kinflow.family import MANIFEST, Family, Member
+from kinflow.family import INPUT, MANIFEST, Family, Member
 
 LOOPBACK = "127.0.0.1"
 FASHION = Path(__file__).resolve().parents[1] / "families/fashion"
@@ -65,17 +65,17 @@ def member_answer(
     from kinflow.confidence import read
     from kinflow.preprocess import Preprocessor
 
-    batch = Preprocessor(family.preprocess)(image)
+    arrived = {INPUT: Preprocessor(family.preprocess)(image)}
     for name in family.manifest.members:
         source = family.manifest.segments[family.manifest.members[name].segments[-1]].source
-        output = _member(family, name, source).run(batch)
+        output = _member(family, name, source).run(arrived[source])
         if name == member:
             reading = read(output.logits[0], family.manifest.exits[output.exit].temperature)
             return reading.label, reading.confidence
-        assert output.features is not None
-        assert output.split is not None
-        codec = family.codec(output.split, (codecs or {}).get(output.split, ""))
-        batch = codec.decode(codec.encode(output.features[0]))[None]
+        if output.split is not None:
+            assert output.features is not None
+            codec = family.codec(output.split, (codecs or {}).get(output.split, ""))
+            arrived[output.split] = codec.decode(codec.encode(output.features[0]))[None]
     raise AssertionError(f"{member} is no member")
 
 

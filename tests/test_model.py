@@ -12,6 +12,7 @@ import pytest
 from kinflow.errors import FamilyMismatch
 from kinflow.family import Family
 from kinflow.messages import Request, Served
+from kinflow_bench import synthetic
 from kinflow_edge.model import ServedFamily
 
 REQUEST = Request(bytes(16), "device-1", "synthetic", "1.0.0", "s1", "q8", 1000.0)
@@ -22,14 +23,29 @@ def edge(family: Family) -> ServedFamily:
     return ServedFamily.open(family, "edge", threads=1)
 
 
-def test_a_member_is_opened_at_every_split_it_can_continue_from(fashion: Path) -> None:
-    """The committed cloud member takes the device's and the edge's features, the edge member the device's."""
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A family whose edge member has features of its own."""
+    folder = tmp_path_factory.mktemp("chain") / "bundle"
+    return Family.load(synthetic.write(folder, synthetic.Shape(side=8, channels=2, chain=True)))
+
+
+def test_a_larger_member_may_continue_from_the_same_features(fashion: Path) -> None:
+    """In the committed family edge and cloud begin at the device's split: the edge forwards what came."""
     family = Family.load(fashion)
+    edge, cloud = (ServedFamily.open(family, name, threads=1) for name in ("edge", "cloud"))
+    assert (list(edge.entries), edge.next_split, edge.forwards) == (["s1"], "s1", True)
+    assert (list(cloud.entries), cloud.next_split, cloud.forwards) == (["s1"], None, False)
+
+
+def test_a_member_is_opened_at_every_split_it_can_continue_from(chain: Family) -> None:
+    """In a chain the cloud member takes the device's and the edge's features, the edge member the device's."""
+    family = chain
     cloud = ServedFamily.open(family, "cloud", threads=1)
     edge = ServedFamily.open(family, "edge", threads=1)
     assert list(cloud.entries) == ["s1", "s2"]
     assert list(edge.entries) == ["s1"]
-    assert (edge.next_split, cloud.next_split) == ("s2", None)
+    assert (edge.next_split, edge.forwards, cloud.next_split) == ("s2", False, None)
     assert (edge.exit, cloud.exit) == (family.manifest.exits["edge"], family.manifest.exits["cloud"])
     for split, entry in cloud.entries.items():
         assert entry.shape == tuple(family.manifest.splits[split].shape)

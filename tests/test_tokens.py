@@ -27,7 +27,7 @@ def spec(channels: int, clusters: int, neighbours: int = 3, bits: Literal[4, 8] 
     file = manifest.File("t", "0" * 64, len(table))
     merge = manifest.Merge(clusters, neighbours)
     zero = [1 << (bits - 1)] * channels
-    return manifest.Codec("token-merge", bits, [0.25] * channels, zero, file, 1.0, merge), table
+    return manifest.Codec("token-merge", bits, [0.25] * channels, zero, file, 1.0, merge=merge), table
 
 
 def make(shape: Shape, clusters: int, neighbours: int = 3, bits: Literal[4, 8] = 4) -> TokenMergeCodec:
