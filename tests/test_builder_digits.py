@@ -31,14 +31,14 @@ def inputs(family: Family) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def labels() -> np.ndarray:
+    """Of these images."""
     return idx.read(DIGITS / "data" / "test-labels-idx1-ubyte.gz", 1)
 
 
 def test_data_are_the_whole_set() -> None:
     """1,797 images of ten digits, none of them twice in training and test."""
-    parts = {
-        part: idx.read(DIGITS / "data" / f"{part}-images-idx3-ubyte.gz", 3).reshape(-1, 64) for part in ("train", "test")
-    }
+    files = {part: DIGITS / "data" / f"{part}-images-idx3-ubyte.gz" for part in ("train", "test")}
+    parts = {part: idx.read(file, 3).reshape(-1, 64) for part, file in files.items()}
     assert (len(parts["train"]), len(parts["test"])) == (1400, 397)
     seen = {image.tobytes() for image in parts["train"]}
     assert not any(image.tobytes() in seen for image in parts["test"])
