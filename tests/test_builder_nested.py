@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -285,3 +286,32 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingsError, match=named):
             train_nested(wrong, network, training, test, tmp_path, log, fresh=True)
+
+
+def test_bench_trains_both_sides(tmp_path: Path) -> None:
+    """`bench nested` on a tiny copy of the recipe: every figure by member, the ratio the smallest difference."""
+    from kinflow_bench.nested import run
+
+    shutil.copy(DIGITS / "network.py", tmp_path)
+    shutil.copytree(DIGITS / "data", tmp_path / "data")
+    text = (DIGITS / "recipe.toml").read_text()
+    for old, new in (
+        ("width = 48, heads = 4, blocks = 4", "width = 24, heads = 2, blocks = 2"),
+        ('after = "2" # two of the four blocks', 'after = "1"'),
+        ("device = 0.25, edge = 0.5", "device = 0.5, edge = 0.7"),
+        ('keep = ["0", "5"]', 'keep = ["0", "3"]'),
+        ("epochs = 20", "epochs = 1"),
+        ("epochs = 40", "epochs = 1"),
+    ):
+        assert old in text
+        text = text.replace(old, new, 1)
+    (tmp_path / "recipe.toml").write_text(text)
+    found = run(tmp_path, None, folds=5, only=3)
+    assert found["epochs_alone"] == 2
+    assert found["images_per_fold"] == 359
+    assert found["device_parameters"] < found["edge_parameters"] < found["cloud_parameters"]
+    differences = {name: found[f"{name}_served"] - found[f"{name}_alone"] for name in ("device", "edge", "cloud")}
+    assert found["served_less_alone"] == pytest.approx(differences)
+    assert found["ratio"] == min(differences.values())
+    for figure in ("edge_own", "edge_uncoded", "cloud_own", "cloud_uncoded"):
+        assert 0 <= found[figure] <= 100

@@ -36,9 +36,8 @@ class Attention(nn.Module):  # type: ignore[misc]
         self.mix = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        split = (len(x), TOKENS, self.heads, -1)
-        parts = (part(x).reshape(split).transpose(1, 2) for part in (self.query, self.key, self.value))
-        return self.mix(functional.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape))
+        parts = (part(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        return self.mix(functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):  # type: ignore[misc]
