@@ -31,7 +31,7 @@ from kinflow_edge.model import ServedFamily
 from kinflow_edge.worker import Worker
 from system_fixtures import copy_bundle, sample_images
 
-TOPIC = "kinflow/v1/cloud/fashion/s1/req"
+TOPIC = "kinflow/v1/cloud/fashion/s1/req/cam-1"
 
 
 @dataclass
@@ -88,7 +88,8 @@ class Bench:
         return self.family.codec(split, codec).encode(self.features[split][number])
 
     def send(self, request: Request, payload: bytes | None = None) -> Request:
-        self.worker.on_message(TOPIC, pack(request, self.payload(split=request.split) if payload is None else payload))
+        topic = topics.request("cloud", "fashion", request.split, request.client)
+        self.worker.on_message(topic, pack(request, self.payload(split=request.split) if payload is None else payload))
         return request
 
     def ask(self, request: Request, payload: bytes | None = None) -> Any:
