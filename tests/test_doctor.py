@@ -42,7 +42,7 @@ def test_a_healthy_machine_passes() -> None:
     areas = {check["name"]: check for check in report["checks"]}
     assert areas.keys() == {
         *("python", "memory", "disk", "clock", "cpu", "packages"),
-        *("interfaces", "multicast", "broker", "inference", "offload"),
+        *("interfaces", "multicast", "certificate", "broker", "inference", "offload"),
     }
     assert areas["inference"]["status"] == "ok"
     assert areas["multicast"]["status"] == "ok"
