@@ -54,6 +54,19 @@ listen = "0.0.0.0"
 
 [http]
 port = 9884
+
+[tls]
+folder = "/etc/kinflow/tls"
+```
+"""
+
+TLS_EXAMPLE = """
+```toml
+# kinflow-device.toml
+trusted_keys = ["ed25519:d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"]
+
+[tls]
+folder = "/etc/kinflow/tls"
 ```
 """
 
@@ -72,6 +85,9 @@ def page() -> str:
         "\n### Table `[http]`\n\nHealth and metrics of a server, over HTTP.\n\n",
         table(settings.HttpSettings),
         SERVER_EXAMPLE,
+        "\n### Table `[tls]`\n\nFor every role. [Servers](servers.md#a-lan-with-tls) tells how to make the folder.\n\n",
+        table(settings.TlsSettings),
+        TLS_EXAMPLE,
     ]
     return "".join(parts)
 

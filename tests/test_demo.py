@@ -60,7 +60,7 @@ def in_the_middle(run: Running, own: Path, requests: int = 20) -> Iterator[None]
     """From when the device has sent its first requests to the edge server; a bystander at its broker counts them."""
     seen: list[str] = []
     address = BrokerAddress.parse(started(run, "edge")[2])
-    topic = topics.request("edge", Family.load(own / "bundle").id, "s1")
+    topic = topics.request_to("+", Family.load(own / "bundle").id, "s1", "+")
     with Connection(
         address, f"bystander-{os.urandom(4).hex()}", on_message=lambda t, _: seen.append(t), subscriptions=[topic]
     ) as connection:

@@ -16,7 +16,7 @@ import pytest
 from kinflow.advert import local_networks
 from kinflow.cli import health_inference, health_machine, health_network
 from kinflow.cli.health import Check, guarded
-from kinflow.settings import DeviceSettings
+from kinflow.settings import DeviceSettings, TlsSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "families/fashion/bundle"
@@ -42,7 +42,7 @@ def test_a_healthy_machine_passes() -> None:
     areas = {check["name"]: check for check in report["checks"]}
     assert areas.keys() == {
         *("python", "memory", "disk", "clock", "cpu", "packages"),
-        *("interfaces", "multicast", "broker", "inference", "offload"),
+        *("interfaces", "multicast", "certificate", "broker", "inference", "offload"),
     }
     assert areas["inference"]["status"] == "ok"
     assert areas["multicast"]["status"] == "ok"
@@ -120,7 +120,7 @@ def test_a_port_that_accepts_but_does_not_speak_mqtt_fails() -> None:
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
-        checks = health_network.broker(f"127.0.0.1:{deaf.getsockname()[1]}")
+        checks = health_network.broker(f"127.0.0.1:{deaf.getsockname()[1]}", TlsSettings())
     assert checks[-1].status == "fail"
     assert "no MQTT connection" in checks[-1].found
 

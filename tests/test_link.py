@@ -28,7 +28,7 @@ from kinflow.link import Answered, Link
 from kinflow.messages import Busy, Cancel, Echo, Failure, NodeStatus, Probe, Reply, Request
 from kinflow.mqtt import BrokerAddress, Connection
 
-TOPIC = topics.request("edge", "fam", "s1")
+TOPIC = topics.request("edge", "fam", "s1", "any")
 # Generous: what is measured is that a future ends at its deadline and not seconds later.
 LATE_S = 0.15
 
@@ -66,7 +66,7 @@ class Server:
             address,
             f"srv-{os.urandom(4).hex()}",
             on_message=lambda _topic, data: self._inbox.put(data),
-            subscriptions=[topics.shared_requests("edge", "fam", "s1")],
+            subscriptions=[topics.requests("edge", "fam", "s1", "edge")],
         )
         self._thread = threading.Thread(target=self._work)
 
@@ -98,7 +98,7 @@ class Server:
 def make(link: Link, deadline_ms: float = 5000) -> Request:
     return Request(
         id=os.urandom(16),
-        client=link.client_id,
+        client=link.client,
         family="fam",
         version="1",
         split="s1",
@@ -131,8 +131,13 @@ def test_a_reply_comes_back_with_its_cost(broker: TestBroker, link: Link) -> Non
 def test_replies_in_any_order_find_their_requests(broker: TestBroker, link: Link) -> None:
     """200 requests in flight whose replies come shuffled: each future gets its own label."""
     held: list[tuple[Request, int]] = []
+    seen: set[bytes] = set()
 
     def hold_all_then_shuffle(server: Server, request: Request, payload: bytes) -> None:
+        # The embedded broker now and then hands a shared subscription a message twice.
+        if request.id in seen:
+            return
+        seen.add(request.id)
         held.append((request, len(payload)))
         if len(held) == 200:
             random.Random(7).shuffle(held)
@@ -374,8 +379,8 @@ def test_a_cancelled_request_ends_and_its_server_is_told(broker: TestBroker, lin
         assert unpack(told.get(timeout=10)[1]).message == request
         link.cancel(request.id)
         assert isinstance(future.exception(1), RequestCancelled)
-        assert unpack(told.get(timeout=10)[1]).message == Cancel(request.id, link.client_id)
-        server.publish(topics.reply(link.client_id), pack(Reply(request.id, 0, 0.5, "edge", "e")))
+        assert unpack(told.get(timeout=10)[1]).message == Cancel(request.id, link.client)
+        server.publish(topics.reply(link.client), pack(Reply(request.id, 0, 0.5, "edge", "e")))
         wait_until(lambda: link.counters.unexpected == 1)
         link.cancel(request.id)  # it has ended: nothing is sent
 

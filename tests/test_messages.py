@@ -7,7 +7,22 @@ from typing import get_args
 import msgspec
 import pytest
 
-from kinflow.messages import Busy, Cancel, Echo, Failure, Hop, Message, Name, NodeStatus, Probe, Reply, Request, Served
+from kinflow.messages import (
+    Busy,
+    Cancel,
+    Echo,
+    Failure,
+    Fetch,
+    Hop,
+    Message,
+    Name,
+    NodeStatus,
+    Part,
+    Probe,
+    Reply,
+    Request,
+    Served,
+)
 
 FIELDS = {
     Request: ("id", "client", "family", "version", "split", "codec", "deadline_ms"),
@@ -27,7 +42,10 @@ FIELDS = {
         "load",
         "served",
         "rejected",
+        "insecure",
     ),
+    Fetch: ("id", "client", "family", "path", "offset", "length"),
+    Part: ("id", "node", "total_bytes"),
     Hop: ("node", "tier", "decode_ms", "queue_ms", "compute_ms", "total_ms", "bytes_up"),
     Served: ("family", "version", "splits"),
 }
@@ -53,6 +71,8 @@ def test_tags_are_fixed_and_distinct() -> None:
         "Probe": "probe",
         "Echo": "echo",
         "NodeStatus": "status",
+        "Fetch": "fetch",
+        "Part": "part",
     }
 
 

@@ -192,7 +192,7 @@ def ask_patiently(page: dict[str, Any], server: ServerProcess, fields: list[Any]
     answers: queue.Queue[bytes] = queue.Queue()
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, fields[2], protocol=mqtt.MQTTv5)
     client.on_connect = lambda *_: client.subscribe(f"kinflow/v1/reply/{fields[2]}")
-    topic = f"kinflow/v1/edge/{fields[3]}/{fields[5]}/req"
+    topic = f"kinflow/v1/edge/{fields[3]}/{fields[5]}/req/{fields[2]}"
     client.on_subscribe = lambda *_: client.publish(topic, page["pack"](fields, payload))
     client.on_message = lambda _client, _data, message: answers.put(message.payload)
     host, port = server.broker.split(":")

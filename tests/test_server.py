@@ -71,7 +71,7 @@ class Asker:
     def send(self, number: int = 0, deadline_s: float = 10.0, **changes: Any) -> Any:
         fields = {
             "id": os.urandom(16),
-            "client": self.link.client_id,
+            "client": self.link.client,
             "family": self.family.id,
             "version": self.family.version,
             "split": "s1",
@@ -79,7 +79,9 @@ class Asker:
             "deadline_ms": deadline_s * 1e3,
         }
         request = Request(**{**fields, **changes})
-        return self.link.request(topics.request(self.tier, self.family.id, "s1"), request, self._payloads[number])
+        return self.link.request(
+            topics.request(self.tier, self.family.id, "s1", self.link.client), request, self._payloads[number]
+        )
 
     def ask(self, number: int = 0, deadline_s: float = 10.0) -> Reply:
         answered: Answered = self.send(number, deadline_s).result(deadline_s + 5)

@@ -23,7 +23,7 @@ def test_page_is_not_stale() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [settings.DeviceSettings, settings.ServerSettings, settings.BrokerSettings],
+    [settings.DeviceSettings, settings.ServerSettings, settings.BrokerSettings, settings.TlsSettings],
     ids=lambda kind: kind.__name__,
 )
 def test_every_key_has_a_row_with_words(kind: type[settings.DeviceSettings]) -> None:

@@ -134,7 +134,7 @@ WRONG = {
     "bad node": (["cloud", "BUNDLE", "--node", "a/b"], "'a/b'"),
     "bad kind": (["cloud", "BUNDLE", "--broker-kind", "kafka"], "'kafka'"),
     "bad upstream": (["edge", "BUNDLE", "--port", "0", "--upstream", "host:port"], "host:port"),
-    "foreign address": (["edge", "BUNDLE", "--listen", "203.0.113.7", "--port", "0"], "203.0.113.7"),
+    "foreign address": (["edge", "BUNDLE", "--listen", "203.0.113.7", "--port", "0", "--insecure-lan"], "203.0.113.7"),
     "no such settings": (["edge", "--settings", "missing.toml"], "missing.toml"),
     "nobody at the broker": (["edge", "BUNDLE", "--broker", "127.0.0.1:9"], "127.0.0.1:9 does not answer"),
 }
@@ -218,7 +218,7 @@ def test_garbage_does_not_stop_a_server(trio: Path) -> None:
         for _ in range(20):
             with socket.create_connection((address.host, address.port), timeout=5) as raw:
                 raw.sendall(random.bytes(300))
-        topic = topics.request("edge", Family.load(trio).id, "s1")
+        topic = topics.request("edge", Family.load(trio).id, "s1", "vandal")
         with Connection(address, "vandal", on_message=lambda _topic, _data: None) as vandal:
             assert vandal.wait_connected(10)
             for size in (0, 1, 12, 100, 5000, 500_000):

@@ -157,7 +157,7 @@ class Echoing(FakeNode):
             address,
             f"{tier}-{os.urandom(4).hex()}",
             on_message=self.serve,
-            subscriptions=[topics.request_to(node, family.id, "s1")],
+            subscriptions=[topics.request_to(node, family.id, "s1", "+")],
         )
 
     def serve(self, _topic: str, data: bytes) -> None:

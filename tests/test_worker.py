@@ -31,7 +31,7 @@ from kinflow_edge.model import ServedFamily
 from kinflow_edge.worker import Worker
 from system_fixtures import copy_bundle, sample_images
 
-TOPIC = "kinflow/v1/cloud/fashion/s1/req"
+TOPIC = "kinflow/v1/cloud/fashion/s1/req/cam-1"
 
 
 @dataclass
@@ -88,7 +88,8 @@ class Bench:
         return self.family.codec(split, codec).encode(self.features[split][number])
 
     def send(self, request: Request, payload: bytes | None = None) -> Request:
-        self.worker.on_message(TOPIC, pack(request, self.payload(split=request.split) if payload is None else payload))
+        topic = topics.request("cloud", "fashion", request.split, request.client)
+        self.worker.on_message(topic, pack(request, self.payload(split=request.split) if payload is None else payload))
         return request
 
     def ask(self, request: Request, payload: bytes | None = None) -> Any:
@@ -453,9 +454,11 @@ def test_a_cancelled_request_is_not_computed(bench: Bench) -> None:
     """While it waits in the queue; nobody but its own client can cancel it, and it may be asked again."""
     with bench.stuck():
         wanted, unwanted = bench.send(bench.request()), bench.send(bench.request())
-        bench.worker.on_message(TOPIC, pack(Cancel(wanted.id, "device-2")))
-        bench.worker.on_message(TOPIC, pack(Cancel(unwanted.id, "device-1")))
-        bench.worker.on_message(TOPIC, pack(Cancel(os.urandom(16), "device-1")))
+        bench.worker.on_message(topics.request("cloud", "f", "s1", "device-2"), pack(Cancel(wanted.id, "device-2")))
+        bench.worker.on_message(topics.request("cloud", "f", "s1", "device-1"), pack(Cancel(unwanted.id, "device-1")))
+        bench.worker.on_message(
+            topics.request("cloud", "f", "s1", "device-1"), pack(Cancel(os.urandom(16), "device-1"))
+        )
     assert isinstance(bench.wire.one(wanted.id), Reply)
     assert bench.worker.counts == {"served": 2, "cancelled": 1}
     assert unwanted.id not in {message.id for message in bench.wire.messages}
@@ -470,7 +473,7 @@ def test_a_probe_is_echoed_past_the_queue(bench: Bench) -> None:
     with bench.stuck():
         publish = bench.worker._publish
         bench.worker._publish = lambda topic, data: echoed.append((topic, data))
-        bench.worker.on_message(TOPIC, pack(probe, bytes(2048)))
+        bench.worker.on_message(topics.request("cloud", "f", "s1", "device-9"), pack(probe, bytes(2048)))
         bench.worker._publish = publish
     ((topic, data),) = echoed
     echo = unpack(data).message

@@ -102,7 +102,7 @@ class _Load:
         self._family = family
         self._split = split
         self._codec = codec.name
-        self._topic = topics.request("cloud", family.id, split)
+        self._topic = topics.request("cloud", family.id, split, link.client)
         self._link = link
         self.refused = 0
 
@@ -125,7 +125,7 @@ class _Load:
             window.acquire()
             request = Request(
                 id=os.urandom(16),
-                client=self._link.client_id,
+                client=self._link.client,
                 family=self._family.id,
                 version=self._family.version,
                 split=self._split,

@@ -19,6 +19,8 @@ def cloud(
     batch_wait_ms: shared.BatchWait = None,
     advertise: shared.Advertise = None,
     http_port: shared.HttpPort = None,
+    tls: shared.Tls = None,
+    insecure_lan: shared.InsecureLan = None,
     as_json: shared.Json = False,
 ) -> None:
     """Serve a family's largest member: edge servers and devices send it what they are unsure of."""
@@ -38,4 +40,6 @@ def cloud(
         batch_wait_ms=batch_wait_ms,
         advertise=advertise,
         http__port=http_port,
+        tls__folder=tls,
+        tls__insecure_lan=insecure_lan,
     )

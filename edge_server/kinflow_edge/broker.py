@@ -21,32 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from kinflow import children, frame
-from kinflow.errors import BrokerError
+from kinflow.errors import BrokerError, SettingsError
+from kinflow.identity import Identity
 from kinflow.mqtt import BrokerAddress
-from kinflow.settings import BrokerSettings
+from kinflow.settings import BrokerSettings, TlsSettings
+from kinflow.tls import Credentials
+from kinflow_edge import mosquitto
 
 log = logging.getLogger("kinflow.broker")
 
 START_TIMEOUT_S = 10.0
 # glibc's malloc would give a large message's memory back and ask for it again with the next one.
 KEEP_MEMORY = {"MALLOC_TOP_PAD_": str(1 << 20)}
+# A certificate that was changed a moment ago may not be there whole.
+SETTLE_S = 1.0
 # Debian installs mosquitto where an ordinary user's PATH does not look.
 EXTRA_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
-
-MOSQUITTO_CONFIG = """\
-listener {port} {listen}
-allow_anonymous true
-set_tcp_nodelay true
-max_packet_size {max_packet_bytes}
-max_inflight_messages 200
-max_queued_messages 1000
-persistence true
-persistence_location ./
-autosave_on_changes true
-autosave_interval 1
-log_type error
-log_type warning
-"""
 
 # rumqttd caps payloads at 20 kB until told otherwise, and speaks MQTT 5 only on a [v5] listener.
 EMBEDDED_CONFIG = """\
@@ -72,8 +62,15 @@ dynamic_filters = true
 class Broker:
     """`with Broker(settings) as broker:` has a broker at `broker.address` until the block ends."""
 
-    def __init__(self, settings: BrokerSettings) -> None:
+    def __init__(self, settings: BrokerSettings, tls: TlsSettings | None = None) -> None:
+        """Raises SettingsError when there are credentials, and they are not a valid server's."""
         self._settings = settings
+        self._tls = tls or TlsSettings()
+        self.credentials = Credentials.load(self._tls)
+        if self.credentials is not None and not self.credentials.identity.is_server:
+            raise SettingsError(f"tls.folder {self._tls.folder} is {self.credentials.identity}'s, not a server's")
+        self._servers = [Identity.parse(server) for server in settings.servers]
+        self._files: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._port = settings.port
@@ -117,9 +114,32 @@ class Broker:
         self._start()
         return True
 
+    def restart_if_stale(self) -> bool:
+        """Start it again when certificates or revocations have changed: whoever is revoked is disconnected.
+
+        mosquitto would read the files again without that, but keep every connection. True when they had changed.
+        """
+        if self._process is None or self.credentials is None or self._times() == self._files:
+            return False
+        if time.time() - max(self._times().values(), default=0) / 1e9 < SETTLE_S:
+            return False  # perhaps still being copied
+        try:
+            self.credentials = Credentials.load(self._tls)
+        except SettingsError as exc:
+            log.warning("the broker keeps its old certificates: %s", exc)
+            self._files = self._times()
+            return False
+        children.stop(self._process)
+        self._start()
+        return True
+
+    def _times(self) -> dict[str, int]:
+        files = {} if self.credentials is None else self.credentials.files()
+        return {name: path.stat().st_mtime_ns for name, path in files.items()}
+
     def _start(self) -> None:
         listen = self._settings.listen
-        self.kind, command, template = _choose(self._settings.kind, listen)
+        self.kind, command = _choose(self._settings.kind, listen, certified=self.credentials is not None)
         free_port = _free_port(listen)
         self._port = self._port or free_port
         if _accepts(self.address):
@@ -130,17 +150,10 @@ class Broker:
         assert self._folder is not None
         # rumqttd tells the format by the ending; mosquitto takes any.
         config = Path(self._folder.name) / "broker.toml"
-        config.write_text(
-            template.format(
-                listen=listen,
-                port=self._port,
-                max_packet_bytes=frame.MAX_FRAME_BYTES + 1024,
-            )
-        )
+        config.write_text(self._configuration())
         errors = Path(self._folder.name) / "broker.err"
         account = _account(self.kind)
-        if account:
-            os.chown(self._folder.name, account["user"], account["group"])
+        self._hand_over(Path(self._folder.name), account)
         with errors.open("wb") as stream:
             # Paths relative to the folder: what lies above it may be closed to the broker's account.
             self._process = children.spawn(
@@ -154,6 +167,26 @@ class Broker:
         self._wait_until_ready(errors)
         log.info("broker started kind=%s address=%s pid=%s", self.kind, self.address, self._process.pid)
 
+    def _configuration(self) -> str:
+        listen = self._settings.listen
+        if self.kind == "mosquitto":
+            files = [] if self.credentials is None else list(self.credentials.files())
+            return mosquitto.configuration(listen, self._port, files)
+        return EMBEDDED_CONFIG.format(listen=listen, port=self._port, max_packet_bytes=frame.MAX_FRAME_BYTES + 1024)
+
+    def _hand_over(self, folder: Path, account: dict[str, Any]) -> None:
+        """Copy the credentials to where the broker's account may read them, and nobody else."""
+        given = [folder]
+        if self.credentials is not None:
+            self._files = self._times()
+            for name, path in self.credentials.files().items():
+                given.append(_write_private(folder / name, path.read_bytes()))
+            servers = [self.credentials.identity, *self._servers]
+            given.append(_write_private(folder / mosquitto.ACL, mosquitto.access_list(servers).encode()))
+        if account:
+            for path in given:
+                os.chown(path, account["user"], account["group"])
+
     def _wait_until_ready(self, errors: Path) -> None:
         assert self._process is not None
         give_up = time.monotonic() + START_TIMEOUT_S
@@ -166,13 +199,22 @@ class Broker:
             time.sleep(0.02)
 
 
-def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
-    """(kind, command without its configuration file, configuration template)"""
-    mosquitto = shutil.which("mosquitto") or shutil.which("mosquitto", path=EXTRA_PATH)
-    if kind == "mosquitto" or (kind == "auto" and mosquitto):
-        if mosquitto is None:
+def _write_private(path: Path, data: bytes) -> Path:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(data)
+    return path
+
+
+def _choose(kind: str, listen: str, *, certified: bool) -> tuple[str, list[str]]:
+    """(kind, command without its configuration file)"""
+    program = shutil.which("mosquitto") or shutil.which("mosquitto", path=EXTRA_PATH)
+    if kind == "mosquitto" or (kind == "auto" and program):
+        if program is None:
             raise BrokerError("mosquitto is not installed: apt install mosquitto, or broker.kind = 'embedded'")
-        return "mosquitto", [mosquitto, "-c"], MOSQUITTO_CONFIG
+        return "mosquitto", [program, "-c"]
+    if certified:
+        raise BrokerError("the embedded broker has no TLS: install mosquitto, or leave tls.folder out")
     if not _is_loopback(listen):
         raise BrokerError(f"the embedded broker has no access control, so it may not bind {listen}: install mosquitto")
     if find_spec("iotcore") is None:
@@ -180,7 +222,6 @@ def _choose(kind: str, listen: str) -> tuple[str, list[str], str]:
     return (
         "embedded",
         [sys.executable, "-m", "iotcore", "--log-level", "CRITICAL", "--config"],
-        EMBEDDED_CONFIG,
     )
 
 

@@ -39,6 +39,10 @@ BatchSize = Annotated[int | None, typer.Option(help="Most requests computed as o
 BatchWait = Annotated[float | None, typer.Option("--batch-wait-ms", help="How long a batch waits to fill up (0).")]
 Advertise = Annotated[bool | None, typer.Option("--advertise/--no-advertise", help="Announce by zeroconf (yes).")]
 HttpPort = Annotated[int | None, typer.Option(help="Port of /live, /ready and /metrics on 127.0.0.1; 0: any free one.")]
+Tls = Annotated[str | None, typer.Option(help="Folder with this server's certificate (kinflow pki issue).")]
+InsecureLan = Annotated[
+    bool | None, typer.Option("--insecure-lan", help="Serve beyond loopback without TLS.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines on standard output.")]
 
 
@@ -57,6 +61,8 @@ def edge(
     batch_wait_ms: BatchWait = None,
     advertise: Advertise = None,
     http_port: HttpPort = None,
+    tls: Tls = None,
+    insecure_lan: InsecureLan = None,
     as_json: Json = False,
 ) -> None:
     """Serve a family's edge member on this LAN: devices find it, and what it is unsure of goes upstream."""
@@ -77,6 +83,8 @@ def edge(
         batch_wait_ms=batch_wait_ms,
         advertise=advertise,
         http__port=http_port,
+        tls__folder=tls,
+        tls__insecure_lan=insecure_lan,
     )
 
 
@@ -92,7 +100,8 @@ def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -
         _say(
             as_json,
             "ready",
-            f"{tier} server {server.node!r} is ready: {server.broker.kind} broker at {server.broker.address}",
+            f"{tier} server {server.node!r} is ready: {server.broker.kind} broker at {server.broker.address}"
+            + (f"; {server.insecure}" if server.insecure else ""),
             node=server.node,
             tier=tier,
             broker=str(server.broker.address),
@@ -100,6 +109,8 @@ def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -
             broker_pid=server.broker.pid,
             http=server.endpoints.address,
             upstream=chosen.upstream,
+            tls=server.broker.credentials is not None,
+            insecure=server.insecure,
             families=[f"{served.family} {served.version}" for served in server.worker.families],
         )
         broker = server.broker
@@ -108,7 +119,7 @@ def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -
             lambda: _say(
                 as_json,
                 "broker-restarted",
-                f"the {broker.kind} broker died and was started again at {broker.address}",
+                f"the {broker.kind} broker was started again at {broker.address}",
                 node=server.node,
                 broker=str(broker.address),
                 broker_pid=broker.pid,

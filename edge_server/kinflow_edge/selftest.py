@@ -18,6 +18,7 @@ from kinflow.address import BrokerAddress
 from kinflow.errors import LinkError, ServerBusy
 from kinflow.link import Answered, Link
 from kinflow.messages import Request
+from kinflow.tls import Credentials
 from kinflow_edge.model import ServedFamily
 
 INTERVAL_S = 5.0
@@ -27,12 +28,20 @@ FAILING_AFTER = 2
 
 
 class SelfTest:
-    """Asks `node` as a device would, under the name `client_id`. `start`, then `step` now and then; then `close`."""
+    """Asks `node` as a device would, under the name `client`. `start`, then `step` now and then; then `close`."""
 
-    def __init__(self, node: str, models: Mapping[str, ServedFamily], address: BrokerAddress, client_id: str) -> None:
+    def __init__(
+        self,
+        node: str,
+        models: Mapping[str, ServedFamily],
+        address: BrokerAddress,
+        client: str,
+        tls: Credentials | None = None,
+    ) -> None:
         self._node = node
         self._tests = [_zeros(model) for model in models.values()]
-        self._link = Link(address, client_id)
+        # The identity is no client id: the server's other connections have the same one.
+        self._link = Link(address, client if tls is None else f"test-{os.urandom(6).hex()}", tls=tls)
         self._next = 0
         self._at_s = 0.0
         self._pending: Future[Answered] | None = None
@@ -74,8 +83,8 @@ class SelfTest:
     def _send(self) -> Future[Answered]:
         zeros, payload = self._tests[self._next % len(self._tests)]
         self._next += 1
-        request = msgspec.structs.replace(zeros, id=os.urandom(16), client=self._link.client_id)
-        topic = topics.request_to(self._node, request.family, request.split)
+        request = msgspec.structs.replace(zeros, id=os.urandom(16), client=self._link.client)
+        topic = topics.request_to(self._node, request.family, request.split, request.client)
         return self._link.request(topic, request, payload)
 
 

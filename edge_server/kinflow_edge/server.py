@@ -20,11 +20,14 @@ from kinflow.logs import event
 from kinflow.messages import NodeStatus, State, Tier
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.settings import ServerSettings
+from kinflow.signing import TrustedKeys
+from kinflow.tls import Credentials, is_loopback, refuse_plain
 from kinflow.uplink import Uplink
 from kinflow_edge.broker import Broker
 from kinflow_edge.endpoints import Endpoints
 from kinflow_edge.model import ServedFamily
 from kinflow_edge.selftest import SelfTest
+from kinflow_edge.shelf import Shelf
 from kinflow_edge.worker import Worker
 
 log = logging.getLogger("kinflow.server")
@@ -47,15 +50,18 @@ class Server:
             raise SettingsError("no bundle to serve: name one as an argument, or in `bundles` of the settings")
         self.tier = tier
         self.settings = settings
-        self.node = settings.node or f"{socket.gethostname().split('.')[0][:32]}-{tier}"
+        self.broker = Broker(settings.broker, settings.tls)
+        self._credentials = self.broker.credentials
+        self.node = _node_name(tier, settings, self._credentials)
+        self.insecure = _insecurity(settings)
         models: dict[str, ServedFamily] = {}
+        trusted = TrustedKeys.parse(settings.trusted_keys)
         for path in settings.bundles:
-            model = ServedFamily.open(Family.load(path), settings.member or tier, settings.threads)
+            model = ServedFamily.open(Family.load(path, trusted=trusted), settings.member or tier, settings.threads)
             if model.family.id in models:
                 raise SettingsError(f"bundles: {path} is a second bundle of the family {model.family.id!r}")
             models[model.family.id] = model
         self._models = models
-        self.broker = Broker(settings.broker)
         self._stack = ExitStack()
         self._status_at_s = 0.0
         self._turned_s = time.monotonic()
@@ -76,16 +82,19 @@ class Server:
     def _start(self, stack: ExitStack) -> None:
         for model in self._models.values():
             model.warm_up()
+        if self.insecure:
+            log.warning("%s", self.insecure)
         stack.enter_context(self.broker)
         if self.settings.upstream:
             self.uplinks = {family: self._uplink(model) for family, model in self._models.items()}
         self._connection = Connection(
             self.broker.address,
             _client_id(self.tier),
-            on_message=lambda topic, data: self.worker.on_message(topic, data),
+            on_message=self._on_message,
             subscriptions=self._subscriptions(),
             will=(topics.status(self.node), frame.pack(NodeStatus(self.node, self.tier, "offline"))),
             on_connected=self._renew_status,
+            tls=self._credentials,
         )
         self.worker = Worker(
             self.node,
@@ -95,8 +104,10 @@ class Server:
             publish=self._connection.publish,
             drive=self._connection.drive,
             uplinks=self.uplinks,
-            test_client=(test_client := _client_id(f"{self.tier}-test")),
+            test_client=(test_client := self._test_client()),
         )
+        families = {name: model.family for name, model in self._models.items()}
+        self.shelf = Shelf(self.node, families, self._connection.publish, self.settings.pull_bytes_per_s)
         # Closed in the opposite order: the worker answers what it has admitted, the uplinks give up what they
         # still wait for (it is answered with this tier's own exit), and the connection goes last.
         stack.enter_context(self._connection)
@@ -108,23 +119,32 @@ class Server:
         stack.callback(self._say_offline)
         if not self._connection.wait_connected(CONNECT_TIMEOUT_S):
             raise LinkError(f"the broker at {self.broker.address} does not answer")
-        self._test = SelfTest(self.node, self._models, self.broker.address, test_client)
+        self._test = SelfTest(self.node, self._models, self.broker.address, test_client, self._credentials)
         stack.callback(self._test.close)
         self._test.start()
         stack.enter_context(self.endpoints)
         if self.settings.advertise:
             self._advert = stack.enter_context(Advert(self._node(), interfaces=self._interfaces()))
 
+    def _test_client(self) -> str:
+        """Under what name the server asks itself."""
+        return str(self._credentials.identity) if self._credentials else _client_id(f"{self.tier}-test")
+
+    def _on_message(self, topic: str, data: frame.Buffer) -> None:
+        if topics.asks_for_bundle(topic):
+            self.shelf.on_message(topic, data)
+        else:
+            self.worker.on_message(topic, data)
+
     def _subscriptions(self) -> list[str]:
-        return [
-            topic
-            for family, model in self._models.items()
-            for split in model.entries
-            for topic in (
-                topics.shared_requests(self.tier, family, split),
-                topics.request_to(self.node, family, split),
-            )
-        ]
+        alone = self._credentials is not None and not self.settings.broker.group
+        group = "" if alone else self.settings.broker.group or self.tier
+        wanted = [topics.bundle_requests(self.tier, family, group) for family in self._models]
+        for family, model in self._models.items():
+            for split in model.entries:
+                wanted.append(topics.requests(self.tier, family, split, group))
+                wanted.append(topics.request_to(self.node, family, split, "+"))
+        return wanted
 
     @property
     def state(self) -> State:
@@ -146,7 +166,7 @@ class Server:
         """Look after the broker, the self-test and the status until `stop` is set; then drain."""
         last_s, busy_s, state = time.monotonic(), self.worker.busy_s, self.state
         while not stop.wait(WATCH_INTERVAL_S):
-            if self.broker.restart_if_dead():
+            if self.broker.restart_if_dead() or self.broker.restart_if_stale():
                 on_broker_restart()
             now_s = self._turned_s = time.monotonic()
             self._test.step(now_s)
@@ -174,7 +194,13 @@ class Server:
     def _uplink(self, model: ServedFamily) -> Uplink:
         if model.next_split is None:
             raise SettingsError(f"upstream is set, but nothing of {model.family.id} is above this member")
-        return Uplink(model.family, _client_id(self.tier), tiers=("cloud",), brokers=parse_all(self.settings.upstream))
+        return Uplink(
+            model.family,
+            _client_id(self.tier),
+            tiers=("cloud",),
+            brokers=parse_all(self.settings.upstream),
+            tls=self.settings.tls,
+        )
 
     def _renew_status(self) -> None:
         self._status_at_s = 0.0
@@ -191,6 +217,7 @@ class Server:
                 load=load,
                 served=self.worker.counts["served"],
                 rejected=self.worker.rejected,
+                insecure=bool(self.insecure),
             )
         )
 
@@ -219,6 +246,30 @@ class Server:
         address: BrokerAddress = self.broker.address
         host = address.host if self.settings.broker.address else self.settings.broker.listen
         return Node(self.node, self.tier, host, address.port, families, __version__)
+
+
+def _node_name(tier: Tier, settings: ServerSettings, credentials: Credentials | None) -> str:
+    """Under TLS the certificate's: the broker lets nobody else write that node's status."""
+    if credentials is None:
+        return settings.node or f"{socket.gethostname().split('.')[0][:32]}-{tier}"
+    identity = credentials.identity
+    if identity.role != tier:
+        raise SettingsError(f"tls.folder {settings.tls.folder} is {identity}'s: a {tier} server needs {tier}.NAME")
+    if settings.node not in ("", str(identity)):
+        raise SettingsError(f"node is {settings.node!r}, but the certificate is {identity}'s: leave node out")
+    shared = settings.broker.address or settings.broker.servers
+    if shared and not settings.broker.group:
+        raise SettingsError("servers that share a broker under TLS need broker.group, a secret name of their own")
+    return str(identity)
+
+
+def _insecurity(settings: ServerSettings) -> str:
+    """What is beyond loopback without TLS; empty when nothing is. Raises SettingsError where that is not allowed."""
+    broker = settings.broker
+    host = BrokerAddress.parse(broker.address).host if broker.address else broker.listen
+    if why := refuse_plain(settings.tls, host):
+        raise SettingsError(why)
+    return "" if settings.tls.folder or is_loopback(host) else f"no TLS on {host}: anybody there may read and answer"
 
 
 def _client_id(prefix: str) -> str:

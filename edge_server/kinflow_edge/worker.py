@@ -119,6 +119,9 @@ class Worker:
             message, payload = frame.unpack(data)
             if not isinstance(message, (Request, Cancel, Probe)):
                 raise FrameError(f"a {type(message).__name__} came on {topic}, requests are expected there")
+            # The broker's access list sees to the topic alone: a reply goes only to whom the topic names.
+            if topics.client_of(topic) != message.client:
+                raise FrameError(f"a request of {message.client} came on {topic}: not its own topic")
         except FrameError as exc:
             # Nobody to answer: the id and the reply topic are in what could not be read.
             self.counts[f"failed:{exc.code}"] += 1

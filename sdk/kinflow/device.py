@@ -31,6 +31,7 @@ from kinflow.policy import Keep, NoRoute, Offload, Route, decide, rates
 from kinflow.preprocess import Preprocessor
 from kinflow.resort import Resort
 from kinflow.settings import DeviceSettings
+from kinflow.signing import TrustedKeys
 from kinflow.uplink import Uplink
 
 log = logging.getLogger("kinflow.device")
@@ -75,7 +76,8 @@ class Device:
     @classmethod
     def open(cls, bundle: str | Path, settings: DeviceSettings | None = None) -> Device:
         """From a bundle's folder or .zip. Raises BundleError, FamilyMismatch or BackendError."""
-        return cls(Family.load(bundle), settings)
+        settings = settings or DeviceSettings()
+        return cls(load_family(bundle, settings), settings)
 
     def __enter__(self) -> Device:
         if self._pool is not None:
@@ -90,6 +92,7 @@ class Device:
                 brokers=(*named, *parse_all(self.settings.cloud)),
                 browse=not named,
                 interfaces=self.settings.interfaces,
+                tls=self.settings.tls,
             )
             self._uplink.start()
             if self.settings.audit_share and self._certificate is not None:
@@ -273,6 +276,12 @@ class _Sent(NamedTuple):
     encode_ms: float
     bytes_up: int
     codec: str
+
+
+def load_family(bundle: str | Path, settings: DeviceSettings) -> Family:
+    """What the device in `settings` needs of a bundle, signed as they want it. Raises BundleError, SettingsError."""
+    trusted = TrustedKeys.parse(settings.trusted_keys)
+    return Family.load(bundle, trusted=trusted, member=settings.member, backend=settings.backend)
 
 
 class _Local(NamedTuple):

@@ -7,6 +7,7 @@ size and sha256. Graphs are opened from the verified bytes, so a file cannot cha
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
 import zipfile
@@ -22,7 +23,8 @@ import numpy.typing as npt
 from kinflow import backends
 from kinflow.codec import UniformCodec
 from kinflow.errors import BundleError, CodecError, FamilyMismatch
-from kinflow.manifest import BackendName, File, Manifest, Preprocess
+from kinflow.manifest import MAX_FEATURES, BackendName, File, Manifest, Preprocess
+from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
 from kinflow.tokens import FeatureCodec, TokenMergeCodec
 
 MANIFEST = "family.json"
@@ -42,23 +44,35 @@ class Family:
     """Verified contents by path."""
     codecs: dict[tuple[str, str], FeatureCodec]
     """By split and name."""
+    signed_by: str
+    """The trusted key that signed it; empty where none was asked for."""
+    raw_manifest: bytes
+    signatures: bytes
+    """family.json and family.sig as they are: what a device that pulls the bundle gets."""
 
     @classmethod
-    def load(cls, path: str | Path) -> Family:
-        """From a folder or a .zip. Raises BundleError that names the field or file and what was expected."""
+    def load(
+        cls, path: str | Path, *, trusted: TrustedKeys = NO_KEYS, member: str = "", backend: BackendName = "onnx"
+    ) -> Family:
+        """From a folder or a .zip. Raises BundleError that names the field or file and what was expected.
+
+        With `trusted` keys one of them must have signed the manifest. With `member`, files that this member does
+        not need on `backend` may be missing: a device that pulled its bundle has no others.
+        """
         root = Path(path)
         reader = _open_reader(root)
         try:
             raw = reader.read(MANIFEST, MAX_MANIFEST_BYTES)
-            try:
-                manifest = msgspec.json.decode(raw, type=Manifest)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-                raise BundleError(f"{root}/{MANIFEST}: {exc}") from exc
-            _check_references(root, manifest)
-            files = {file.path: _read_verified(reader, root, file) for file in manifest.files()}
+            signatures = reader.read(SIGNATURE, MAX_SIGNATURE_BYTES) if reader.has(SIGNATURE) else b""
+            manifest, signed_by = read_manifest(raw, signatures, trusted, str(root))
+            needed = manifest.files_of(member, backend) if member in manifest.members else manifest.files()
+            files = {file.path: _read_verified(reader, root, file) for file in needed}
+            for file in manifest.files():
+                if file.path not in files and reader.has(file.path):
+                    files[file.path] = _read_verified(reader, root, file)
         finally:
             reader.close()
-        return cls(root, manifest, files, _open_codecs(root, manifest, files))
+        return cls(root, manifest, files, _open_codecs(root, manifest, files), signed_by, raw, signatures)
 
     @property
     def id(self) -> str:
@@ -115,12 +129,28 @@ class Family:
             raise FamilyMismatch(
                 f"segment {name!r} of {self.id} has graphs for {_names(spec.graphs)}, asked for {backend!r}"
             )
+        if graph.file.path not in self.files:
+            raise BundleError(
+                f"{self.path}: the file of segment {name!r} is not there: this bundle was pulled for another member"
+            )
         return Segment(
             name,
             spec.split,
             spec.exit,
             backends.open_graph(backend, self.files[graph.file.path], graph, threads),
         )
+
+
+def read_manifest(raw: bytes, signatures: bytes, trusted: TrustedKeys, name: str) -> tuple[Manifest, str]:
+    """The checked manifest and the trusted key that signed it, if any are asked for. Raises BundleError."""
+    # Before anything of it is read: a stranger's bytes get no further than this.
+    signed_by = trusted.check(raw, signatures, name) if trusted.keys else ""
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise BundleError(f"{name}/{MANIFEST}: {exc}") from exc
+    _check_references(name, manifest)
+    return manifest, signed_by
 
 
 class Output(NamedTuple):
@@ -188,6 +218,9 @@ class _FolderReader:
         except (ValueError, RuntimeError) as exc:  # a NUL in the name, links in a circle
             raise BundleError(f"{self._root}: cannot read {name!r}: {exc}") from exc
 
+    def has(self, name: str) -> bool:
+        return os.path.exists(self._root / name)
+
     def close(self) -> None:
         pass
 
@@ -210,6 +243,9 @@ class _ZipReader:
             raise BundleError(f"{self._root}: {name!r} has more than the {limit} bytes expected")
         return data
 
+    def has(self, name: str) -> bool:
+        return name in self._zip.namelist()
+
     def close(self) -> None:
         self._zip.close()
 
@@ -223,10 +259,16 @@ def _open_reader(root: Path) -> _FolderReader | _ZipReader:
     raise BundleError(f"{root} does not exist: give the folder or the .zip of a bundle")
 
 
+def safe_path(root: str, path: str) -> PurePosixPath:
+    """`path` of a manifest, which may not leave the bundle's folder. Raises BundleError."""
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise BundleError(f"{root}: the file {path!r} is outside the bundle")
+    return parts
+
+
 def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -> bytes:
-    parts = PurePosixPath(file.path)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in file.path:
-        raise BundleError(f"{root}: the file {file.path!r} is outside the bundle")
+    safe_path(str(root), file.path)
     data = reader.read(file.path, file.bytes)
     digest = hashlib.sha256(data).hexdigest()
     if digest != file.sha256:
@@ -241,6 +283,8 @@ def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dic
     for split, spec in manifest.splits.items():
         channels, height, width = spec.shape
         for name, codec in spec.codecs.items():
+            if codec.table is not None and codec.table.path not in files:
+                continue  # of a split that this member does not use
             try:
                 made: type[FeatureCodec] = TokenMergeCodec if codec.kind == "token-merge" else UniformCodec
                 codecs[split, name] = made.from_spec(
@@ -255,7 +299,7 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
 
 
-def _check_references(root: Path, manifest: Manifest) -> None:
+def _check_references(root: str, manifest: Manifest) -> None:
     """Names that point nowhere, members that do not chain, shapes that do not meet."""
 
     def fail(what: str) -> None:
@@ -269,6 +313,8 @@ def _check_references(root: Path, manifest: Manifest) -> None:
         fail(f"a split may not be called {INPUT!r}: segments mean the family's input by it")
     for name, split in manifest.splits.items():
         shapes[name] = split.shape
+        if math.prod(split.shape) > MAX_FEATURES:
+            fail(f"splits.{name}.shape is {split.shape}, more than {MAX_FEATURES} values")
         if split.default_codec not in split.codecs:
             fail(f"splits.{name}.default_codec is {split.default_codec!r}, the codecs are {_names(split.codecs)}")
     for name, segment in manifest.segments.items():

@@ -31,12 +31,15 @@ from kinflow.errors import (
     SettingsError,
 )
 from kinflow.frame import Buffer, parts, unpack
-from kinflow.messages import Busy, Cancel, Echo, Failure, NodeStatus, Probe, Reply, Request
+from kinflow.messages import Busy, Cancel, Echo, Failure, NodeStatus, Part, Probe, Reply, Request
 from kinflow.mqtt import BrokerAddress, Connection
+from kinflow.tls import Credentials
 
 log = logging.getLogger("kinflow.link")
 
 MAX_IN_FLIGHT = 256
+# On a broker where anybody may write statuses they must not fill the memory.
+MAX_NODES = 256
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -118,7 +121,8 @@ class _Awaited(Future[Any]):
 class Link:
     """Requests to the servers behind one broker, and what those servers say of themselves.
 
-    `client_id` must be unique at the broker. `on_status` is called for every status, on the network thread or
+    `client_id` must be unique at the broker. With `tls` requests carry that identity, otherwise the client id:
+    `client` is what they carry. `on_status` is called for every status, on the network thread or
     on one that waits for a reply: it must be quick, and must neither wait for a reply nor close the link. At
     most `max_in_flight` requests wait at the same time.
     """
@@ -131,11 +135,12 @@ class Link:
         on_status: Callable[[NodeStatus], None] | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         keepalive_s: int = 5,
+        tls: Credentials | None = None,
     ) -> None:
         if not client_id or any(sign in "+#/\0" for sign in client_id):
             raise SettingsError(f"client id {client_id!r} names a topic: at least one sign, none of + # /")
-        self.client_id = client_id
-        self._reply_topic = topics.reply(client_id)
+        self.client = client_id if tls is None else str(tls.identity)
+        self._reply_topic = topics.reply(self.client)
         self._on_status = on_status
         self._max_in_flight = max_in_flight
         self._lock = threading.Lock()
@@ -152,6 +157,7 @@ class Link:
             on_connected=self._on_connected,
             on_lost=self._on_lost,
             keepalive_s=keepalive_s,
+            tls=tls,
         )
 
     # Lifetime
@@ -219,7 +225,7 @@ class Link:
 
     def probe(self, topic: str, size_bytes: int, timeout_s: float) -> Future[Echoed]:
         """Ask the node that listens on `topic` for an echo, with a payload of `size_bytes`. Ends as a request does."""
-        probe = Probe(os.urandom(16), self.client_id)
+        probe = Probe(os.urandom(16), self.client)
         awaited = _Awaited(self, topic, probe, bytes(size_bytes), timeout_s, timeout_s)
         awaited.repeated = True  # a repeat would say nothing about the way
         return self._send(awaited)
@@ -230,14 +236,14 @@ class Link:
         if future is None:
             return
         try:
-            self.connection.publish(future.topic, *parts(Cancel(request_id, self.client_id), b""))
+            self.connection.publish(future.topic, *parts(Cancel(request_id, self.client), b""))
         except LinkError as exc:
             log.debug("request %s: not cancelled at its server: %s", request_id.hex(), exc)
         future.set_exception(RequestCancelled(f"request {request_id.hex()} was cancelled"))
 
     def _send(self, future: _Awaited) -> _Awaited:
-        if future.request.client != self.client_id:
-            raise LinkError(f"request.client is {future.request.client!r}, this link is {self.client_id!r}")
+        if future.request.client != self.client:
+            raise LinkError(f"request.client is {future.request.client!r}, this link is {self.client!r}")
         frame = parts(future.request, future.payload)
         try:
             self._remember(future)
@@ -341,6 +347,8 @@ class Link:
     def _on_reply(self, data: Buffer) -> None:
         now_s = time.monotonic()
         message = unpack(data).message
+        if isinstance(message, Part):
+            return  # `kinflow pull` runs under this identity too
         if not isinstance(message, (Reply, Busy, Failure, Echo)):
             raise FrameError(f"a {type(message).__name__} does not belong here")
         future = self._forget(message.id)
@@ -365,6 +373,8 @@ class Link:
             nodes.pop(node, None)
             self._nodes = nodes
             return
+        if node not in nodes and len(nodes) >= MAX_NODES:
+            raise FrameError(f"{MAX_NODES} nodes are known already")
         status = unpack(data).message
         if not isinstance(status, NodeStatus) or status.node != node:
             raise FrameError(f"not a status of {node!r}")

@@ -11,6 +11,11 @@ from kinflow.messages import Name
 SCHEMA = 1
 BackendName = Literal["onnx", "tflite"]
 
+# What a manifest may ask for at the most: it is read before anything else is known of whoever wrote it.
+MAX_FILE_BYTES = 1 << 31
+MAX_SIDE = 1 << 14
+MAX_FEATURES = 1 << 24
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -25,7 +30,7 @@ class File(_Strict, frozen=True):
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
-    bytes: Positive
+    bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_FILE_BYTES)]
 
 
 class Tensor(_Strict, frozen=True):
@@ -134,8 +139,8 @@ class Preprocess(_Strict, frozen=True):
     """image -> float32 [1, channels, height, width]: (pixel / 255 - mean) / std per channel."""
 
     mode: Literal["L", "RGB"]
-    height: Positive
-    width: Positive
+    height: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
     mean: list[float]
     std: list[PositiveFloat]
     resize: Literal["stretch", "crop"]
@@ -155,6 +160,14 @@ class Manifest(_Strict, frozen=True):
     segments: Annotated[dict[Name, Segment], msgspec.Meta(min_length=1)]
     exits: Annotated[dict[Name, Exit], msgspec.Meta(min_length=1)]
     members: Annotated[dict[Name, Member], msgspec.Meta(min_length=1)]
+
+    def files_of(self, member: str, backend: BackendName) -> list[File]:
+        """What a device needs to run `member` on `backend` and to offload: its graphs, its splits' tables."""
+        segments = [self.segments[name] for name in self.members[member].segments]
+        graphs = [segment.graphs[backend].file for segment in segments if backend in segment.graphs]
+        splits = [self.splits[segment.split] for segment in segments if segment.split is not None]
+        tables = [codec.table for split in splits for codec in split.codecs.values()]
+        return graphs + [table for table in tables if table is not None]
 
     def files(self) -> list[File]:
         """Every file that the manifest names."""

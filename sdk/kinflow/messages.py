@@ -102,6 +102,28 @@ class Echo(msgspec.Struct, frozen=True, tag="echo", array_like=True):
     queue_ms: NonNegative
 
 
+class Fetch(msgspec.Struct, frozen=True, tag="fetch", array_like=True):
+    """Send a part of a file of this family's bundle."""
+
+    id: RequestId
+    client: Name
+    """Who asks: the part goes to its reply topic."""
+    family: Name
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    """As in family.json; family.json itself and family.sig can be asked for too."""
+    offset: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+    length: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+
+
+class Part(msgspec.Struct, frozen=True, tag="part", array_like=True):
+    """A part of a file. The payload holds its bytes; none behind the file's end."""
+
+    id: RequestId
+    node: Name
+    total_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    """Size of the whole file."""
+
+
 class Served(msgspec.Struct, frozen=True, array_like=True):
     """One family that a node serves: the splits it takes and the codecs it can decode there."""
 
@@ -126,6 +148,8 @@ class NodeStatus(msgspec.Struct, frozen=True, tag="status", array_like=True):
     served: int = 0
     rejected: int = 0
     """Requests since the start: answered by an exit, and refused (Busy or Failure)."""
+    insecure: bool = False
+    """It can be reached beyond loopback without TLS."""
 
 
-Message = Request | Reply | Busy | Failure | Cancel | Probe | Echo | NodeStatus
+Message = Request | Reply | Busy | Failure | Cancel | Probe | Echo | NodeStatus | Fetch | Part

@@ -27,6 +27,7 @@ from kinflow.frame import MAX_FRAME_BYTES, Buffer
 from kinflow.session import CONNECT_TIMEOUT_S, MAX_PACKET_BYTES, Session
 from kinflow.stream import Inbox, Interest, OtherPacket, Outbox
 from kinflow.timers import Timers
+from kinflow.tls import Credentials
 
 __all__ = ["BrokerAddress", "Connection"]
 
@@ -57,6 +58,7 @@ class Connection:
         on_connected: Callable[[], None] | None = None,
         on_lost: Callable[[], None] | None = None,
         keepalive_s: int = 5,
+        tls: Credentials | None = None,
     ) -> None:
         self.address = address
         self.client_id = client_id
@@ -71,6 +73,7 @@ class Connection:
             will=will,
             keepalive_s=keepalive_s,
             on_ready=self._become_ready,
+            tls=tls,
         )
         self._thread: threading.Thread | None = None
         self._timers = Timers()
@@ -105,6 +108,7 @@ class Connection:
         self._timers.wake()
         if self._thread is not None:
             self._thread.join()
+            self._session.linger()
         self._timers.close()
 
     def __enter__(self) -> Connection:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from kinflow.address import BrokerAddress
-from kinflow.errors import LinkLost
+from kinflow.errors import LinkLost, SettingsError
 from kinflow.frame import MAX_FRAME_BYTES
+from kinflow.tls import Credentials, explain
+from kinflow.tunnel import Tunnel
 
 log = logging.getLogger("kinflow.link")
 
@@ -43,13 +46,15 @@ class Session:
         will: tuple[str, bytes] | None,
         keepalive_s: int,
         on_ready: Callable[[], None],
+        tls: Credentials | None = None,
     ) -> None:
         self._address = address
         self._name = client_id
         self._subscriptions = tuple(subscriptions)
         self._keepalive_s = keepalive_s
         self._on_ready = on_ready
-        client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
+        self._distrusted = ""
+        client = self._client = _Client(address, client_id, tls)
         client.connect_timeout = CONNECT_TIMEOUT_S
         if will is not None:
             client.will_set(will[0], will[1], qos=0, retain=True)
@@ -67,8 +72,19 @@ class Session:
         host, port = self._address.host, self._address.port
         try:
             self._client.connect(host, port, self._keepalive_s, clean_start=True, properties=properties)
+        except ssl.SSLError as exc:
+            raise self._distrust(explain(exc)) from exc
+        except SettingsError as exc:  # the files were there at the start
+            raise self._distrust(str(exc)) from exc
         except (OSError, ValueError) as exc:  # UnicodeError of an impossible host name is a ValueError
             raise LinkLost(f"no connection to {self._address}: {exc}") from exc
+
+    def _distrust(self, why: str) -> LinkLost:
+        # Told once, not at every attempt: it needs somebody's hand, and nothing else would say so.
+        if why != self._distrusted:
+            log.warning("%s: no TLS connection to %s: %s", self._name, self._address, why)
+            self._distrusted = why
+        return LinkLost(f"no TLS connection to {self._address}: {why}")
 
     @property
     def open(self) -> bool:
@@ -109,10 +125,15 @@ class Session:
             sock.shutdown(socket.SHUT_RDWR)
         self.disconnect()
 
+    def linger(self) -> None:
+        """After the end: wait until what was sent last is out, so that the process may end."""
+        self._client.linger()
+
     # paho's callbacks
 
     def _opened(self, _client: paho.Client, _data: Any, sock: Any) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:  # a tunnel's near side
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER_BYTES)
 
@@ -138,3 +159,32 @@ class Session:
         self, _client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
     ) -> None:
         log.debug("%s: connection to %s ended: %s", self._name, self._address, reason)
+
+
+class _Client(paho.Client):
+    """paho's client, over a Tunnel when there are credentials."""
+
+    def __init__(self, address: BrokerAddress, client_id: str, tls: Credentials | None) -> None:
+        super().__init__(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
+        self._address = address
+        self._credentials = tls
+        self._tunnel: Tunnel | None = None
+
+    def _create_socket(self) -> Any:
+        sock: Any = super()._create_socket()
+        if self._credentials is None:
+            return sock
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            secured = stack.enter_context(self._credentials.client_context().wrap_socket(sock))
+            self._credentials.check_server(secured.getpeercert())
+            stack.pop_all()
+        self._tunnel = Tunnel(secured, f"{self._address}")
+        self._tunnel.start()
+        return self._tunnel.near
+
+    def linger(self) -> None:
+        if self._tunnel is not None:
+            self._tunnel.join()

@@ -35,6 +35,19 @@ class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Base of all below."""
 
 
+class TlsSettings(_Settings, frozen=True):
+    """Who this is and whom it trusts."""
+
+    folder: Annotated[
+        str,
+        _doc("Folder with `ca.pem`, `cert.pem`, `key.pem`, as `kinflow pki issue` makes it; empty: no TLS."),
+    ] = ""
+    server: Annotated[
+        str, _doc("The only server to connect to, such as `edge.kitchen`; empty: any of the family's authority.")
+    ] = ""
+    insecure_lan: Annotated[bool, _doc("Allow connections beyond loopback without TLS.")] = False
+
+
 class DeviceSettings(_Settings, frozen=True):
     """Role `device`: the SDK in an app, and `kinflow run`."""
 
@@ -60,6 +73,11 @@ class DeviceSettings(_Settings, frozen=True):
         _doc("Share of all images whose kept answer is compared with a server's, when idle; 0: none.", ge=0, le=1),
     ] = 0.0
     workers: Annotated[int, _doc("How many `submit()` calls run at the same time.", ge=1, le=256)] = 4
+    trusted_keys: Annotated[
+        list[str],
+        _doc("Keys of which one must have signed a bundle, as `kinflow sign` shows them; empty: any bundle is taken."),
+    ] = []
+    tls: Annotated[TlsSettings, _doc("Who this device is and whom it trusts.")] = TlsSettings()
 
 
 class BrokerSettings(_Settings, frozen=True):
@@ -77,6 +95,17 @@ class BrokerSettings(_Settings, frozen=True):
         "127.0.0.1"
     )
     port: Annotated[Port, _doc("Port that the started broker binds; 0: any free one.")] = 1883
+    servers: Annotated[
+        list[str], _doc("Under TLS: the other servers that use the started broker, such as `edge.attic`.")
+    ] = []
+    group: Annotated[
+        str,
+        _doc(
+            "Group of servers that share a broker's requests; empty: the tier. Where several share one under TLS, a "
+            "secret name, the same for all: who knows it can make requests vanish.",
+            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
+        ),
+    ] = ""
 
 
 class HttpSettings(_Settings, frozen=True):
@@ -118,6 +147,9 @@ class ServerSettings(_Settings, frozen=True):
             "How long a server that is told to stop waits at most until its devices have moved, seconds.", ge=0, le=600
         ),
     ] = 3.0
+    pull_bytes_per_s: Annotated[
+        float, _doc("Bytes of a bundle that one device may take in a second.", ge=65536, le=1e9)
+    ] = 8e6
     upstream: Annotated[
         str, _doc("`host:port` of the next tier's broker, or several with commas between; empty: nothing above.")
     ] = ""
@@ -128,6 +160,11 @@ class ServerSettings(_Settings, frozen=True):
     status_interval_s: Annotated[float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)] = 1.0
     broker: Annotated[BrokerSettings, _doc("The broker this server uses.")] = BrokerSettings()
     http: Annotated[HttpSettings, _doc("Where its health and metrics are read.")] = HttpSettings()
+    trusted_keys: Annotated[
+        list[str],
+        _doc("Keys of which one must have signed a bundle, as `kinflow sign` shows them; empty: any bundle is taken."),
+    ] = []
+    tls: Annotated[TlsSettings, _doc("Who this server is and whom it trusts.")] = TlsSettings()
 
 
 S = TypeVar("S", bound=_Settings)

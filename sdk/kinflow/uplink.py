@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 
 from kinflow import topics
 from kinflow.discovery import Browser
-from kinflow.errors import KinflowError
+from kinflow.errors import KinflowError, SettingsError
 from kinflow.family import Family
 from kinflow.frame import Buffer
 from kinflow.link import Link
@@ -24,6 +24,8 @@ from kinflow.mqtt import BrokerAddress
 from kinflow.peer import Attempt, Peer
 from kinflow.policy import NoRoute, Offload, Rate, Route
 from kinflow.resort import Resort
+from kinflow.settings import TlsSettings
+from kinflow.tls import Credentials, refuse_plain
 
 log = logging.getLogger("kinflow.uplink")
 
@@ -48,8 +50,18 @@ class Uplink:
         brokers: Sequence[BrokerAddress] = (),
         browse: bool = False,
         interfaces: Sequence[str] = (),
+        tls: TlsSettings | None = None,
     ) -> None:
-        """`tiers`: those that may be asked, the preferred one first. `browse`: use announced brokers too."""
+        """`tiers`: those that may be asked, the preferred one first. `browse`: use announced brokers too.
+
+        Raises SettingsError when `tls` holds no valid certificate, or a named broker may not be asked without one.
+        """
+        self._tls = tls or TlsSettings()
+        self._credentials = Credentials.load(self._tls)
+        for address in brokers:
+            if why := refuse_plain(self._tls, address.host):
+                raise SettingsError(why)
+        self._nothing_found = "no server found yet"
         self._tiers = tuple(tiers)
         self._family = family
         self._client_id = client_id
@@ -149,14 +161,14 @@ class Uplink:
     ) -> Attempt:
         request = Request(
             id=request_id,
-            client=peer.link.client_id,
+            client=peer.link.client,
             family=self._family.id,
             version=self._family.version,
             split=split,
             codec=codec,
             deadline_ms=max(0.0, remaining_s) * 1e3,
         )
-        return peer.ask(topics.request_to(peer.node, self._family.id, split), request, payload)
+        return peer.ask(topics.request_to(peer.node, self._family.id, split, request.client), request, payload)
 
     def _fitting(self, status: NodeStatus, split: str, rates: Sequence[Rate]) -> tuple[tuple[Rate, ...], str]:
         """The rates that this node takes, or why it cannot be asked."""
@@ -178,7 +190,7 @@ class Uplink:
     def _nobody(self) -> str:
         for address, link in self._links.items():
             return f"no server at {address}" if link.connected else f"no connection to {address}"
-        return "no server found yet"
+        return self._nothing_found
 
     # The uplink's thread
 
@@ -220,6 +232,10 @@ class Uplink:
             for node in self._browser.nodes()
             if node.tier in self._tiers and (self._family.id, self._family.version) in node.families
         ]
+        refused = [why for node in nodes if (why := refuse_plain(self._tls, node.host))]
+        if refused:
+            self._nothing_found = refused[0]
+            nodes = [node for node in nodes if not refuse_plain(self._tls, node.host)]
         nodes.sort(key=lambda node: (self._tiers.index(node.tier), zlib.crc32(f"{self._client_id}{node}".encode())))
         return list(dict.fromkeys(BrokerAddress(node.host, node.port) for node in nodes))[:MAX_ANNOUNCED]
 
@@ -227,7 +243,7 @@ class Uplink:
         self._links_made += 1
         # A client id of its own for each link: two may meet at one broker.
         client_id = f"{self._client_id}-{self._links_made}"
-        link = Link(address, client_id, on_status=lambda status: self._heard(address, status))
+        link = Link(address, client_id, on_status=lambda status: self._heard(address, status), tls=self._credentials)
         self._links = {**self._links, address: link}
         link.start()
         event(log, logging.INFO, "link opened", broker=str(address))
@@ -270,5 +286,5 @@ class Uplink:
                 continue
             served = next((served for served in status.families if served.family == self._family.id), None)
             if status.state == "ready" and status.tier in self._tiers and served is not None and served.splits:
-                topic = topics.request_to(peer.node, self._family.id, next(iter(served.splits)))
+                topic = topics.request_to(peer.node, self._family.id, next(iter(served.splits)), peer.link.client)
                 peer.probe_if_due(topic, now_s, PROBE_INTERVAL_S)

@@ -26,9 +26,21 @@ OWN = {
     "inspect": "kinflow.cli.inspect:inspect",
     "doctor": "kinflow.cli.doctor:doctor",
     "health": "kinflow.cli.health_server:health",
+    "pki": "kinflow.cli.pki:app",
+    "sign": "kinflow.cli.sign:sign",
+    "verify": "kinflow.cli.sign:verify",
+    "pull": "kinflow.cli.pull:pull",
 }
 # The extra that brings what a command of this project imports.
-EXTRAS = {"edge": "edge", "cloud": "cloud", "build": "builder", "certify": "certify", "bench": "bench", "demo": "edge"}
+EXTRAS = {
+    "edge": "edge",
+    "cloud": "cloud",
+    "build": "builder",
+    "certify": "certify",
+    "bench": "bench",
+    "demo": "edge",
+    "pki": "pki",
+}
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 

@@ -17,6 +17,8 @@ from kinflow.discovery import Browser, Node
 from kinflow.link import Link
 from kinflow.messages import NodeStatus
 from kinflow.mqtt import BrokerAddress
+from kinflow.settings import TlsSettings
+from kinflow.tls import Credentials
 
 CONNECT_TIMEOUT_S = 1.5
 STATUS_TIMEOUT_S = 0.5
@@ -36,6 +38,8 @@ class Found:
     load: float | None = None
     queue_ms: float | None = None
     advertised: bool = True
+    insecure: bool = False
+    """It says that it can be reached beyond loopback without TLS."""
 
 
 def discover(
@@ -47,6 +51,9 @@ def discover(
             show_default=False,
         ),
     ] = None,
+    tls: Annotated[
+        str, typer.Option(help="Folder with this machine's certificate (kinflow pki issue).", show_default=False)
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
 ) -> None:
     """List the servers on this network: tier, families, load. Exit status 1 when there are none."""
@@ -54,7 +61,7 @@ def discover(
         browser.check()
         time.sleep(timeout)
         nodes = browser.nodes()
-    found = ask(nodes)
+    found = ask(nodes, Credentials.load(TlsSettings(folder=tls)))
     if as_json:
         typer.echo(json.dumps([asdict(server) for server in found]))
     elif found:
@@ -65,13 +72,13 @@ def discover(
         raise typer.Exit(1)
 
 
-def ask(nodes: Sequence[Node]) -> list[Found]:
+def ask(nodes: Sequence[Node], tls: Credentials | None = None) -> list[Found]:
     """Read the retained statuses from every announced broker, all at the same time."""
     brokers = sorted({(node.host, node.port) for node in nodes})
     if not brokers:
         return []
     with ThreadPoolExecutor(min(len(brokers), 16)) as pool:
-        answers = list(pool.map(lambda broker: _statuses(broker, nodes), brokers))
+        answers = list(pool.map(lambda broker: _statuses(broker, nodes, tls), brokers))
     found: list[Found] = []
     for (host, port), statuses in zip(brokers, answers, strict=True):
         announced = {node.node: node for node in nodes if (node.host, node.port) == (host, port)}
@@ -81,10 +88,10 @@ def ask(nodes: Sequence[Node]) -> list[Found]:
     return found
 
 
-def _statuses(broker: tuple[str, int], nodes: Sequence[Node]) -> dict[str, NodeStatus] | None:
+def _statuses(broker: tuple[str, int], nodes: Sequence[Node], tls: Credentials | None) -> dict[str, NodeStatus] | None:
     """None when the broker cannot be reached."""
     expected = {node.node for node in nodes if (node.host, node.port) == broker}
-    with Link(BrokerAddress(*broker), f"discover-{os.urandom(6).hex()}") as link:
+    with Link(BrokerAddress(*broker), f"discover-{os.urandom(6).hex()}", tls=tls) as link:
         if not link.wait_connected(CONNECT_TIMEOUT_S):
             return None
         give_up = time.monotonic() + STATUS_TIMEOUT_S
@@ -106,6 +113,7 @@ def _merge(address: str, node: Node | None, status: NodeStatus | None, *, reacha
             status.load,
             status.queue_ms,
             advertised=node is not None,
+            insecure=status.insecure,
         )
     assert node is not None
     state = "silent" if reachable else "unreachable"
@@ -139,7 +147,7 @@ def _show(found: Sequence[Found]) -> None:
             escape(server.software),
             "" if server.load is None else f"{server.load:.0%}",
             "" if server.queue_ms is None else f"{server.queue_ms:.1f}",
-            f"[{styles[server.state]}]{server.state}[/]",
+            f"[{styles[server.state]}]{server.state}[/]" + (" [yellow]no TLS[/]" if server.insecure else ""),
         )
     console = Console(highlight=False)
     # A pipe has no width: nothing may be cut there.

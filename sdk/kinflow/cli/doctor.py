@@ -33,6 +33,10 @@ def doctor(
             help="IPv4 address whose network is checked; may be repeated. All without it.", show_default=False
         ),
     ] = None,
+    tls: Annotated[
+        str | None,
+        typer.Option(help="Folder with this device's certificate (kinflow pki issue).", show_default=False),
+    ] = None,
     settings_file: Annotated[
         Path | None,
         typer.Option(
@@ -45,7 +49,7 @@ def doctor(
 ) -> None:
     """Check this machine; each line says what to do. Exit status 1 when something fails."""
     chosen = settings.load(
-        "device", settings.DeviceSettings, settings_file, broker=broker, interfaces=interface or None
+        "device", settings.DeviceSettings, settings_file, broker=broker, interfaces=interface or None, tls__folder=tls
     )
     steps: list[tuple[str, Callable[[], list[Check]]]] = [
         ("python", health_machine.python),
@@ -56,7 +60,8 @@ def doctor(
         ("packages", health_machine.packages),
         ("interfaces", partial(health_network.interfaces, chosen.interfaces)),
         ("multicast", partial(health_network.multicast, chosen.interfaces)),
-        ("broker", partial(health_network.broker, chosen.broker)),
+        ("certificate", partial(health_network.certificate, chosen.tls)),
+        ("broker", partial(health_network.broker, chosen.broker, chosen.tls)),
         ("inference", partial(health_inference.local, bundle, chosen)),
         ("offload", partial(health_inference.offloaded, bundle, chosen)),
     ]

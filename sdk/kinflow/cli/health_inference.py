@@ -12,6 +12,7 @@ from typing import Any
 from kinflow.cli.bundles import choose_bundle
 from kinflow.cli.health import Check
 from kinflow.cli.health_machine import judge_probe
+from kinflow.device import load_family
 from kinflow.errors import KinflowError, SettingsError
 from kinflow.family import Family
 from kinflow.settings import DeviceSettings
@@ -27,7 +28,7 @@ def local(bundle: Path | None, settings: DeviceSettings) -> list[Check]:
     except SettingsError as exc:
         return [Check("inference", "warn", str(exc), "without one, nothing was run")]
     try:
-        family = Family.load(path)
+        family = load_family(path, settings)
     except KinflowError as exc:
         return [Check("inference", "fail", str(exc), "fetch the bundle again")]
     answer = _run(path, family, settings.backend, "--local")
@@ -41,11 +42,13 @@ def offloaded(bundle: Path | None, settings: DeviceSettings) -> list[Check]:
     """The same frame with a threshold that only a server's answer can satisfy."""
     try:
         path = choose_bundle(bundle, None)
-        family = Family.load(path)
+        family = load_family(path, settings)
     except KinflowError:
         return []  # `local` has said it
     flags = ["--threshold", "1", "--deadline", "5", "--wait", str(SERVER_WAIT_S)]
     flags += ["--broker", settings.broker] if settings.broker else []
+    flags += ["--tls", settings.tls.folder] if settings.tls.folder else []
+    flags += ["--insecure-lan"] if settings.tls.insecure_lan else []
     for address in settings.interfaces:
         flags += ["--interface", address]
     answer = _run(path, family, settings.backend, *flags)

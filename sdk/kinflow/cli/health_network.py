@@ -16,9 +16,12 @@ from kinflow.discovery import Advert, Browser, Node
 from kinflow.errors import DiscoveryError, SettingsError
 from kinflow.link import Link
 from kinflow.mqtt import BrokerAddress
+from kinflow.settings import TlsSettings
+from kinflow.tls import Credentials
 
 MULTICAST_TIMEOUT_S = 3.0
 CONNECT_TIMEOUT_S = 3.0
+RENEW_DAYS = 30
 # Debian installs mosquitto where an ordinary user's PATH does not look.
 EXTRA_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -55,7 +58,25 @@ def multicast(asked: Sequence[str]) -> list[Check]:
     return checks
 
 
-def broker(configured: str) -> list[Check]:
+def certificate(tls: TlsSettings) -> list[Check]:
+    """Who this machine is under TLS, and for how long."""
+    try:
+        credentials = Credentials.load(tls)
+    except SettingsError as exc:
+        return [Check("certificate", "fail", str(exc), "kinflow pki issue makes the folder that tls.folder names")]
+    if credentials is None:
+        if tls.insecure_lan:
+            advice = "kinflow pki issue; then set tls.folder, and take insecure_lan out"
+            return [Check("certificate", "warn", "no TLS, and servers on the LAN are asked without it", advice)]
+        advice = "to use servers on a LAN: set tls.folder to what kinflow pki issue makes"
+        return [Check("certificate", "ok", "no TLS: servers on this machine alone are asked", advice)]
+    found = f"{credentials.identity}, valid for {credentials.days_left:.0f} days"
+    if credentials.days_left < RENEW_DAYS:
+        return [Check("certificate", "warn", found, "issue another: kinflow pki issue --renew")]
+    return [Check("certificate", "ok", found)]
+
+
+def broker(configured: str, tls: TlsSettings) -> list[Check]:
     """What a server could start here, and whether the broker in the settings answers."""
     checks = []
     mosquitto = shutil.which("mosquitto") or shutil.which("mosquitto", path=EXTRA_PATH)
@@ -69,7 +90,7 @@ def broker(configured: str) -> list[Check]:
         advice = "only a server needs one: apt install mosquitto, or pip install 'kinflow[broker]'"
         checks.append(Check("broker", "warn", "no broker is installed", advice))
     if configured:
-        checks.append(_reach(configured))
+        checks.append(_reach(configured, tls))
     return checks
 
 
@@ -93,13 +114,14 @@ def _hear_oneself(address: str) -> str:
     return f"the own advert did not come back within {MULTICAST_TIMEOUT_S:.0f} s"
 
 
-def _reach(configured: str) -> Check:
+def _reach(configured: str, tls: TlsSettings) -> Check:
     try:
         address = BrokerAddress.parse(configured)
+        credentials = Credentials.load(tls)
     except SettingsError as exc:
-        return Check("broker", "fail", str(exc), "correct `broker` in the settings")
+        return Check("broker", "fail", str(exc), "correct `broker` or `tls` in the settings")
     start = time.monotonic()
-    with Link(address, f"doctor-{os.urandom(6).hex()}") as link:
+    with Link(address, f"doctor-{os.urandom(6).hex()}", tls=credentials) as link:
         if not link.wait_connected(CONNECT_TIMEOUT_S):
             advice = "is it running, does it bind that address, does a firewall block its port?"
             return Check("broker", "fail", f"no MQTT connection to {address}", advice)

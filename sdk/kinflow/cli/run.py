@@ -56,6 +56,14 @@ def run(
         list[str] | None,
         typer.Option(help="IPv4 address whose network is searched for servers; may be repeated.", show_default=False),
     ] = None,
+    tls: Annotated[
+        str | None,
+        typer.Option(help="Folder with this device's certificate (kinflow pki issue).", show_default=False),
+    ] = None,
+    insecure_lan: Annotated[
+        bool | None,
+        typer.Option("--insecure-lan", help="Ask servers beyond loopback without TLS.", show_default=False),
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="Never use the network.")] = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a server before the first image.")] = SERVER_WAIT_S,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many images.", show_default=False)] = None,
@@ -77,8 +85,7 @@ def run(
     height*width*channels bytes of the family's input size, rows first,
     channels last, until the input ends; a truncated last frame is an error.
     """
-    from kinflow.device import Device
-    from kinflow.family import Family
+    from kinflow.device import Device, load_family
 
     chosen = settings.load(
         "device",
@@ -90,8 +97,10 @@ def run(
         broker=broker,
         interfaces=interface or None,
         offload=False if local else None,
+        tls__folder=tls,
+        tls__insecure_lan=insecure_lan,
     )
-    loaded = Family.load(choose_bundle(bundle, family))
+    loaded = load_family(choose_bundle(bundle, family), chosen)
     items = islice(sources(paths, loaded.preprocess), limit)
     with Device(loaded, chosen) as device:
         if chosen.offload and wait > 0 and not device.wait_for_server(wait):
