@@ -179,23 +179,23 @@ class CommandSource:
     live = True
 
     def __init__(self, pipeline: pipelines.Pipeline, preprocess: Preprocess) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._preprocess = preprocess
         self._process: subprocess.Popen[bytes] | None = None
         self._frames: Iterator[Item] = iter(())
         self.ended = False
 
     def __enter__(self) -> CommandSource:
-        command = self._pipeline.command
+        command = self.pipeline.command
         if shutil.which(command[0]) is None:
-            raise SourceError(f"{command[0]} is not installed: {self._pipeline.install}")
+            raise SourceError(f"{command[0]} is not installed: {self.pipeline.install}")
         self._process = children.spawn(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert self._process.stdout is not None
         # As the pipeline writes them; `read` makes the family's mode of it.
         written = Preprocess(
             self._preprocess.mode, self._preprocess.height, self._preprocess.width, [0.0], [1.0], "stretch"
         )
-        self._frames = frames(self._process.stdout, written) if not self._pipeline.rgba else self._rgba()
+        self._frames = frames(self._process.stdout, written) if not self.pipeline.rgba else self._rgba()
         return self
 
     def __exit__(
@@ -208,9 +208,9 @@ class CommandSource:
         try:
             item = next(self._frames, None)
         except InputError as exc:
-            raise SourceError(f"{self._pipeline.command[0]} stopped within a frame: {self._last_words()}") from exc
+            raise SourceError(f"{self.pipeline.command[0]} stopped within a frame: {self._last_words()}") from exc
         if item is None:
-            raise SourceError(f"{self._pipeline.command[0]} ended: {self._last_words()}")
+            raise SourceError(f"{self.pipeline.command[0]} ended: {self._last_words()}")
         return item
 
     def _rgba(self) -> Iterator[Item]:
