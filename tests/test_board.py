@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import faces
 import pytest
 
-import faces
 from kinflow.board import BoardState, BoardWatch, judge, read_state, tegrastats, throttled, watch
 from kinflow.errors import InputError
 
@@ -18,8 +18,8 @@ ORIN = (
     "VDD_IN 4940mW/4940mW VDD_CPU_GPU_CV 1024mW/1000mW VDD_SOC 1421mW/1421mW"
 )
 NANO = (
-    "RAM 1903/3964MB (lfb 25x4MB) SWAP 0/1982MB (cached 0MB) IRAM 0/252kB(lfb 252kB) CPU [20%@1479,off,15%@1479,3%@1479] "
-    "EMC_FREQ 0% GR3D_FREQ 99% PLL@38C CPU@41.5C PMIC@100C GPU@39C AO@45.5C thermal@40.25C "
+    "RAM 1903/3964MB (lfb 25x4MB) SWAP 0/1982MB (cached 0MB) IRAM 0/252kB(lfb 252kB) "
+    "CPU [20%@1479,off,15%@1479,3%@1479] EMC_FREQ 0% GR3D_FREQ 99% PLL@38C CPU@41.5C PMIC@100C GPU@39C AO@45.5C thermal@40.25C "
     "POM_5V_IN 2532/2532 POM_5V_GPU 0/0 POM_5V_CPU 410/410"
 )
 

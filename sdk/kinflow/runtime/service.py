@@ -61,6 +61,7 @@ class Service:
         whoever watches over the service starts it again.
         """
         self._notifier.send("READY=1", "STATUS=waiting for the first frame")
+        event(log, logging.INFO, "ready", device=self._name)
         last_s = time.monotonic()
         while not stop.is_set() and not self._sampler.ended and (limit is None or self.counts.answers < limit):
             item = self._sampler.take(_LOOK_S)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -61,7 +60,8 @@ def parse(text: str, preprocess: Preprocess) -> Source:
     """Raises SettingsError for a kind that is not there, or lacks its `where`."""
     kind, _, where = text.partition(":")
     if kind == STDIN:
-        return StreamSource(sys.stdin.buffer, preprocess)
+        # Not sys.stdin: a thread that waits in it makes the interpreter abort when it ends.
+        return StreamSource(os.fdopen(os.dup(0), "rb", buffering=0), preprocess)
     if kind in ("folder", "watch"):
         return FolderSource(_needed(text, where), preprocess, watch=kind == "watch")
     if kind == "v4l2":
