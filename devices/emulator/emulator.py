@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import faces
 
@@ -68,29 +67,37 @@ class Board:
         faces.write(root, faces.FACES[face])
         return cls(root, faces.FACES[face].cpu, namespace)
 
-    def command(self, *words: str, binds: Mapping[Path, str] | None = None) -> list[str]:
+    def command(
+        self, *words: str, binds: Mapping[Path, str] | None = None, environment: Mapping[str, str] | None = None
+    ) -> list[str]:
         """What to start on this machine for a command on the board. `binds`: folders here -> there, read-only."""
         prefix = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         mounts = " ".join(f"{here}:{there}" for here, there in (binds or {}).items())
-        environment = {
+        variables = {
             "PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/root",
             "LANG": "C.UTF-8",
-            "PYTHONDONTWRITEBYTECODE": "1",
             "QEMU_CPU": self.cpu,
             "BOARD_ROOT": str(self.root),
             "BOARD_BINDS": mounts,
+            **(environment or {}),
         }
         return [
             *prefix,
             *("unshare", "--mount", "--propagation", "private", "env", "-i"),
-            *(f"{name}={value}" for name, value in environment.items()),
+            *(f"{name}={value}" for name, value in variables.items()),
             *("sh", "-ec", _ENTER, "sh", *words),
         ]
 
     def run(
-        self, *words: str, binds: Mapping[Path, str] | None = None, timeout_s: float = 300.0, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end; its output is kept as text. Raises TimeoutExpired."""
-        command = self.command(*words, binds=binds)
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
+        self,
+        *words: str,
+        binds: Mapping[Path, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        timeout_s: float = 1800.0,
+    ) -> str:
+        """Run a command to its end. Returns its standard output; raises AssertionError when it fails."""
+        command = self.command(*words, binds=binds, environment=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        assert done.returncode == 0, f"{words}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout

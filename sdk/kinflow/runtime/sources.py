@@ -7,6 +7,7 @@ writes raw frames to a pipe. Nothing is installed into Python for them.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
