@@ -1,11 +1,11 @@
-"""A user's way on an emulated Raspberry Pi: the README's lines, the service's own start, the camera app, the removal."""
+"""A user's way on an emulated board: the README's lines, the service's own start, the camera app, the removal."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,19 @@ from emulator import Board
 from PIL import Image
 
 import kinflow.idx
-from conftest import QUICK, ROOT, VENV, compile_here
+from conftest import QUICK, ROOT, VENV, Parts, compile_here
 
 PHOTOS = 3
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Frames for a board without a camera."""
-    folder = tmp_path_factory.mktemp("photos")
+def binds(checkout: Path, wheels: Path) -> dict[Path, str]:
+    """The user's folder with the project, with frames for a board without a camera, and the wheels."""
+    folder = checkout / "photos"
+    folder.mkdir()
     for index, image in enumerate(kinflow.idx.read(ROOT / "families/fashion/samples/images-idx3-ubyte.gz")[:PHOTOS]):
         Image.fromarray(image).save(folder / f"{index}.png")
-    return folder
+    return {checkout: "/kinflow", wheels: "/wheels"}
 
 
 def files_of(board: Board) -> set[Path]:
@@ -37,39 +38,48 @@ def files_of(board: Board) -> set[Path]:
 
 
 @pytest.fixture(scope="module")
-def binds(checkout: Path, wheels: Path, photos: Path) -> dict[Path, str]:
-    return {checkout: "/kinflow", wheels: "/wheels", photos: "/photos"}
-
-
-@pytest.fixture(scope="module")
 def clean(pi: Board, binds: dict[Path, str]) -> set[Path]:
     """The board's files before anything was installed."""
     pi.run("true", binds=binds)
     return files_of(pi)
 
 
+def readme_lines(board: str) -> list[str]:
+    """What the page tells a user to type first: install, doctor, pictures."""
+    page = (ROOT / "devices" / board / "README.md").read_text(encoding="utf-8")
+    first = re.search(r"```sh\n(.*?)```", page, re.DOTALL)
+    assert first is not None
+    return first[1].splitlines()
+
+
+def follow(board: Board, line: str, binds: dict[Path, str]) -> str:
+    """Type one line of a README in the checkout, after logging in. Wheels stand in for the network."""
+    line += " --wheels /wheels" if "install.sh" in line else ""
+    typed = f"cd /kinflow && PATH=$HOME/.local/bin:$PATH && {line}"
+    return board.run("sh", "-c", typed, binds=binds, environment=QUICK)
+
+
 @pytest.fixture(scope="module")
-def installed(pi: Board, binds: dict[Path, str], clean: set[Path]) -> Iterator[Board]:
-    """After `install.sh`, for one user."""
+def installed(pi: Board, binds: dict[Path, str], clean: set[Path]) -> Board:
+    """After the README's first line."""
     assert clean
-    said = pi.run(
-        "sh", "/kinflow/devices/raspberrypi/install.sh", "--wheels", "/wheels", binds=binds, environment=QUICK
-    )
-    assert "chosen: " in said
+    install = readme_lines("raspberrypi")[0]
+    assert install == "sh devices/raspberrypi/install.sh"
+    assert "chosen: " in follow(pi, install, binds)
     compile_here(pi.root / VENV.strip("/") / "lib")
-    yield pi
+    return pi
 
 
-def test_kinflow_runs_as_installed(installed: Board, binds: dict[Path, str]) -> None:
-    """The command is on the PATH of the README, the settings name what was tuned, and pictures are answered."""
+def test_the_readme_holds_word_for_word(installed: Board, binds: dict[Path, str]) -> None:
+    """The lines after the first one; `kinflow doctor` ends with 1 on a board without its camera, and says that."""
     settings = (installed.root / "root/.config/kinflow/device.toml").read_text()
     assert 'tuned = "/root/.local/share/kinflow/tuned.toml"' in settings
     tuned = (installed.root / "root/.local/share/kinflow/tuned.toml").read_text()
     assert 'board = "Raspberry Pi 4 Model B Rev 1.4"' in tuned
     assert re.search(r'^backend = "(onnx|tflite)"$', tuned, re.MULTILINE)
-    words = ("device", "folder:/photos", "--rate", "0", "--local")
-    said = installed.run("/root/.local/bin/kinflow", *words, binds=binds)
-    answers = [json.loads(line) for line in said.splitlines()]
+    _, doctor, pictures = readme_lines("raspberrypi")
+    assert "camera     ffmpeg is not installed -> apt install ffmpeg" in follow(installed, f"{doctor} || true", binds)
+    answers = [json.loads(line) for line in follow(installed, pictures, binds).splitlines()]
     assert [answer["frame"] for answer in answers] == [f"{index}.png" for index in range(PHOTOS)]
     assert {answer["temperature_c"] for answer in answers} == {48.3}
 
@@ -77,8 +87,8 @@ def test_kinflow_runs_as_installed(installed: Board, binds: dict[Path, str]) -> 
 def test_doctor_knows_the_board(installed: Board, binds: dict[Path, str]) -> None:
     """Model, heat and wheels by the name of this board; the only failure is the camera that is not there."""
     bundle = "/root/.local/share/kinflow/families/fashion"
-    command = f"/root/.local/bin/kinflow doctor --json --interface 127.0.0.1 --bundle {bundle} || true"
-    report = json.loads(installed.run("sh", "-c", command, binds=binds))
+    command = f"kinflow doctor --json --interface 127.0.0.1 --bundle {bundle} || true"
+    report = json.loads(follow(installed, command, binds))
     found = {check["name"]: check for check in report["checks"]}
     assert "Raspberry Pi 4 Model B Rev 1.4, 48 °C of 80" in found["board"]["found"]
     assert found["glibc"]["found"] == "glibc 2.36"
@@ -89,12 +99,24 @@ def test_doctor_knows_the_board(installed: Board, binds: dict[Path, str]) -> Non
     assert [check["name"] for check in report["checks"] if check["status"] == "fail"] == ["camera"]
 
 
+def test_the_readme_of_the_jetson_holds(installed: Board, qemu: Parts, binds: dict[Path, str], tmp_path: Path) -> None:
+    """The same lines on an Orin's face; its Python environment is a copy, which install.sh then brings up to date."""
+    jetson = Board.make(tmp_path / "root", qemu.root, "jetson-orin")
+    shutil.copytree(installed.root / VENV.strip("/"), jetson.root / VENV.strip("/"), symlinks=True)
+    install, doctor, pictures = readme_lines("jetson")
+    assert "chosen: onnx" in follow(jetson, install, binds)
+    said = follow(jetson, f"{doctor} || true", binds)
+    assert "NVIDIA Jetson Orin Nano Developer Kit, 50 °C of 99" in said
+    assert "L4T 36.4.3, JetPack 6" in said
+    assert len(follow(jetson, pictures, binds).splitlines()) == PHOTOS
+
+
 def test_the_camera_app_answers_frames_from_a_folder(installed: Board, binds: dict[Path, str]) -> None:
     """Both boards' apps, with the environment that install.sh made."""
     bundle = "/root/.local/share/kinflow/families/fashion"
     for board in ("raspberrypi", "jetson"):
         app = f"/kinflow/devices/{board}/camera.py"
-        said = installed.run(f"{VENV}/bin/python", app, bundle, "folder:/photos", binds=binds)
+        said = installed.run(f"{VENV}/bin/python", app, bundle, "folder:/kinflow/photos", binds=binds)
         assert len(said.splitlines()) == PHOTOS, said
 
 
@@ -107,7 +129,7 @@ def test_the_service_starts_by_its_own_command(installed: Board, binds: dict[Pat
     said = installed.run(*words, binds=binds, environment=QUICK)
     assert "kinflow-device.service is installed" in said
     settings = installed.root / "etc/kinflow/device.toml"
-    settings.write_text(settings.read_text().replace("v4l2:/dev/video0", "folder:/photos"))
+    settings.write_text(settings.read_text().replace("v4l2:/dev/video0", "folder:/kinflow/photos"))
     unit = (installed.root / "etc/systemd/system/kinflow-device.service").read_text()
     command = re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     assert command is not None
