@@ -17,6 +17,10 @@ test: setup-dev setup-builder
 test-devices: setup-dev
 	$(BIN)/python -m pytest devices/tests -s --timeout 1800 $(ARGS)
 
+# A whole emulated machine with systemd; slower.
+test-board-boot: setup-dev
+	$(BIN)/python -m pytest devices/tests/boot.py -s --timeout 3600 $(ARGS)
+
 check: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -43,10 +43,14 @@ unit=kinflow-device.service
 systemd() { # where it runs; not in a container or while an image is built
     [ ! -d /run/systemd/system ] || systemctl "$@"
 }
+installed() { command -v "$1" >/dev/null; }
 
 if [ -n "$uninstall" ]; then
     if [ -n "$service" ]; then
-        [ ! -e "$units/$unit" ] || systemd disable --now --quiet "$unit"
+        if [ -e "$units/$unit" ]; then
+            systemd stop "$unit"
+            ! installed systemctl || systemctl disable --quiet "$unit"
+        fi
         rm -rf "$units/$unit" "$units/$unit.d" "$state"
         systemd daemon-reload
         # Its name and group went with it.
@@ -60,7 +64,7 @@ if [ -n "$uninstall" ]; then
     exit 0
 fi
 
-command -v python3 >/dev/null || { echo "error: no python3: apt install python3 python3-venv" >&2; exit 2; }
+installed python3 || { echo "error: no python3: apt install python3 python3-venv" >&2; exit 2; }
 python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
     { echo "error: Python 3.10 to 3.13 is needed, this is $(python3 -V)" >&2; exit 2; }
 [ "$(python3 -c 'import struct; print(struct.calcsize("P"))')" = 8 ] ||
@@ -106,7 +110,8 @@ if [ -n "$service" ]; then
     cp "$here/$unit" "$units/$unit"
     cp "$here/$board/service.conf" "$units/$unit.d/board.conf"
     systemd daemon-reload
-    systemd enable --quiet "$unit"
+    # Enabling makes a link: an image that is being built starts the service at its first boot.
+    ! installed systemctl || systemctl enable --quiet "$unit"
     systemd restart "$unit"
     echo "kinflow-device.service is installed: journalctl -u kinflow-device"
 else

@@ -90,6 +90,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    compile_here(folder / "sdk")
     return folder
 
 
@@ -116,11 +117,27 @@ def compile_here(folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "compileall", "-q", str(folder)], check=False, stdout=subprocess.DEVNULL)
 
 
+@dataclass(frozen=True)
+class Sdk:
+    """What makes `import kinflow` work on a board without an install: for `binds` and `environment` of a command."""
+
+    binds: dict[Path, str]
+    environment: dict[str, str]
+
+
 @pytest.fixture(scope="session")
-def sdk(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The SDK with both runtimes and what its tests need; for PYTHONPATH on any board."""
-    target = tmp_path_factory.mktemp("sdk")
-    return install_on_this_machine(target, wheels, "kinflow[onnx,tflite,cli]", "pytest", "pytest-timeout", "hypothesis")
+def sdk(parts: Parts, wheels: Path, checkout: Path) -> Sdk:
+    """Both runtimes and what the SDK's tests need, unpacked and compiled once; kinflow itself from the checkout."""
+    target = parts.wheels.with_name(parts.wheels.name.replace("wheels-", "sdk-"))
+    if not target.is_dir():
+        part = target.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        install_on_this_machine(part, wheels, "kinflow[onnx,tflite,cli]", "pytest", "pytest-timeout", "hypothesis")
+        for each in part.glob("kinflow*"):
+            shutil.rmtree(each)
+        part.rename(target)
+    environment = {"PYTHONPATH": "/sdk:/kinflow/sdk", "PYTHONDONTWRITEBYTECODE": "1"}
+    return Sdk({target: "/sdk", checkout: "/kinflow"}, environment)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from emulator import Board
 
-from conftest import FAMILIES, ROOT, Parts, install_on_this_machine
+from conftest import FAMILIES, ROOT, Parts, Sdk, install_on_this_machine
 
 MEGABYTE = 1_000_000
 LIMITS_MB = {"tflite-runtime": 100, "onnx": 175}
@@ -49,7 +49,7 @@ def test_what_is_installed_is_small(runtime: str, parts: Parts, wheels: Path, tm
     assert 10 < size_mb <= LIMITS_MB[runtime]
 
 
-def test_a_running_device_is_small(pi: Board, sdk: Path) -> None:
+def test_a_running_device_is_small(pi: Board, sdk: Sdk) -> None:
     """Native memory is bounded; the emulated figure holds qemu's own besides, and is only reported."""
     bundle = family()
     backend = "onnx"
@@ -58,8 +58,8 @@ def test_a_running_device_is_small(pi: Board, sdk: Path) -> None:
     )
     there = pi.run(
         *("python3", "-c", RUN, "/bundle", backend),
-        binds={sdk: "/sdk", bundle: "/bundle"},
-        environment={"PYTHONPATH": "/sdk", "PYTHONDONTWRITEBYTECODE": "1"},
+        binds={**sdk.binds, bundle: "/bundle"},
+        environment=sdk.environment,
     )
     native_mb, emulated_mb = (int(said.split()[-1]) / MEGABYTE for said in (here.stdout, there))
     print("\nfootprint: " + json.dumps({"family": bundle.parent.name, "native": native_mb, "emulated": emulated_mb}))

@@ -17,7 +17,7 @@ import faces
 import pytest
 from emulator import Board
 
-from conftest import Parts
+from conftest import Parts, Sdk
 from system_fixtures import copy_bundle, running, sample_images
 
 IP = shutil.which("ip") or "/sbin/ip"
@@ -86,7 +86,7 @@ class Answers:
 
 
 @pytest.mark.skipif(shutil.which("mosquitto", path="/usr/sbin:/usr/bin") is None, reason="mosquitto is not installed")
-def test_a_board_finds_loses_and_finds_its_server(qemu: Parts, sdk: Path, tmp_path: Path) -> None:
+def test_a_board_finds_loses_and_finds_its_server(qemu: Parts, sdk: Sdk, tmp_path: Path) -> None:
     """Nobody tells the board an address. The server is killed: local answers, degraded; it comes back: edge answers."""
     bundle = copy_bundle(tmp_path / "bundle", thresholds={"device": 1.0, "edge": 0.0})
     # As little as possible is emulated: the deadline is a slow processor's, everything else as on a board.
@@ -103,8 +103,8 @@ def test_a_board_finds_loses_and_finds_its_server(qemu: Parts, sdk: Path, tmp_pa
         first.ready()
         command = board.command(
             *("python3", "-m", "kinflow", "device", "--settings", "/settings/device.toml"),
-            binds={sdk: "/sdk", bundle: "/bundle", tmp_path / "settings": "/settings"},
-            environment={"PYTHONPATH": "/sdk", "PYTHONDONTWRITEBYTECODE": "1"},
+            binds={**sdk.binds, bundle: "/bundle", tmp_path / "settings": "/settings"},
+            environment=sdk.environment,
         )
         process = stack.enter_context(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from emulator import Board
 
-from conftest import FAMILIES, ROOT, Parts, install_on_this_machine
+from conftest import FAMILIES, ROOT, Parts, Sdk, install_on_this_machine
 
 # Float graphs agree to about six digits; quantised ones may round one step of 256 differently.
 ABSOLUTE, RELATIVE = 2e-3, 2e-3
@@ -25,14 +25,14 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, out
 
 
-def repeated(board: Board, sdk: Path, bundle: Path, made: Path) -> dict[str, np.ndarray]:
+def repeated(board: Board, sdk: Sdk, bundle: Path, made: Path) -> dict[str, np.ndarray]:
     """What the board computes of the same."""
     out = board.root / "root/repeated.npz"
     out.unlink(missing_ok=True)
     board.run(
         *("python3", "/tests/answers.py", "repeat", "/bundle", "/made/made.npz", "/root/repeated.npz"),
-        binds={sdk: "/sdk", SCRIPT.parent: "/tests", bundle: "/bundle", made.parent: "/made"},
-        environment={"PYTHONPATH": "/sdk", "PYTHONDONTWRITEBYTECODE": "1"},
+        binds={**sdk.binds, SCRIPT.parent: "/tests", bundle: "/bundle", made.parent: "/made"},
+        environment=sdk.environment,
     )
     return dict(np.load(out))
 
@@ -55,9 +55,7 @@ def runtimes_of(made: dict[str, np.ndarray]) -> set[str]:
 
 
 @pytest.mark.parametrize("face", ["pi4", "jetson-nano", "jetson-orin"])
-def test_answers_equal_this_machines(
-    face: str, qemu: Parts, sdk: Path, made: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_answers_equal_this_machines(face: str, qemu: Parts, sdk: Sdk, made: tuple[Path, Path], tmp_path: Path) -> None:
     """Both runtimes on a Cortex-A72, a Cortex-A57 and qemu's newest processor."""
     board = Board.make(tmp_path / "root", qemu.root, face)
     here = dict(np.load(made[1]))
@@ -69,9 +67,10 @@ def test_answers_of_tflite_runtime(pi: Board, wheels: Path, made: tuple[Path, Pa
     here = dict(np.load(made[1]))
     if "tflite" not in runtimes_of(here):
         pytest.skip(f"{made[0]} has no graph for TFLite")
-    sdk = install_on_this_machine(tmp_path / "sdk", wheels, "kinflow[tflite-runtime]")
-    assert (sdk / "tflite_runtime").is_dir()
-    compare(here, repeated(pi, sdk, *made), {"tflite"})
+    target = install_on_this_machine(tmp_path / "sdk", wheels, "kinflow[tflite-runtime]")
+    assert (target / "tflite_runtime").is_dir()
+    old = Sdk({target: "/sdk"}, {"PYTHONPATH": "/sdk"})
+    compare(here, repeated(pi, old, *made), {"tflite"})
 
 
 def test_the_comparison_can_fail(made: tuple[Path, Path]) -> None:

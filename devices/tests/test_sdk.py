@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from emulator import Board
 
-from conftest import ROOT
+from conftest import ROOT, Sdk
 
 # What runs in seconds under emulation and touches bytes, floats, files or the board.
 MODULES = (
@@ -16,13 +15,13 @@ MODULES = (
 )
 
 
-def test_the_sdks_tests_pass_on_the_board(pi: Board, sdk: Path, checkout: Path) -> None:
+def test_the_sdks_tests_pass_on_the_board(pi: Board, sdk: Sdk) -> None:
     """The same files as on this machine; only a few examples each where hypothesis makes them up."""
     said = pi.run(
         *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600", "-x"),
         *(f"/kinflow/tests/test_{name}.py" for name in MODULES),
-        binds={sdk: "/sdk", checkout: "/kinflow"},
-        environment={"PYTHONPATH": "/sdk", "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "board"},
+        binds=sdk.binds,
+        environment={**sdk.environment, "HYPOTHESIS_PROFILE": "board"},
     )
     passed = re.search(r"(\d+) passed", said)
     assert passed is not None
