@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -244,6 +246,24 @@ def test_a_missing_program_is_named_with_its_package() -> None:
     source = sources.CommandSource(pipelines.Pipeline(("no-such-program",), "apt install it"), GREY)
     with pytest.raises(SourceError, match="no-such-program is not installed: apt install it"):
         source.__enter__()
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_ffmpeg_delivers_a_films_frames(tmp_path: Path) -> None:
+    """A real film, half red, half blue, is scaled to the family's size; its end is an error, as a camera's is."""
+    film = tmp_path / "film.mkv"
+    colours = ("color=red:s=48x32:r=5:d=1", "color=blue:s=48x32:r=5:d=1")
+    inputs = [word for colour in colours for word in ("-f", "lavfi", "-i", colour)]
+    make = ["ffmpeg", "-nostdin", "-loglevel", "error", *inputs, "-filter_complex", "hstack", "-c:v", "ffv1", str(film)]
+    subprocess.run(make, check=True, timeout=120)
+    with sources.parse(f"stream:{film}", Preprocess("RGB", 4, 12, [0.0] * 3, [1.0] * 3, "stretch")) as source:
+        items = [source.read() for _ in range(5)]
+        with pytest.raises(SourceError, match="ffmpeg ended"):
+            source.read()
+    image = items[0].image.astype(int)
+    assert image.shape == (4, 12, 3)
+    assert image[0, 1, 0] > 200 > 60 > image[0, 1, 2]
+    assert image[0, 10, 2] > 200 > 60 > image[0, 10, 0]
 
 
 PICAMERA2 = """

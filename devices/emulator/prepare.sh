@@ -13,7 +13,7 @@ mkdir -p "$cache"
 
 need() { # need PROGRAM PACKAGE
     command -v "$1" >/dev/null && return
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$2" >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -qq -y --no-install-recommends "$2" >/dev/null
 }
 
 debian_mirror() { # the one that apt uses here, so that a machine behind a proxy or a mirror keeps to it

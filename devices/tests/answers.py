@@ -31,12 +31,11 @@ def make(family: Family) -> dict[str, Any]:
     at: dict[str, Any] = {INPUT: made_up_images((len(spec.mean), spec.height, spec.width), count)}
     found: dict[str, Any] = {}
     for name, segment in family.manifest.segments.items():
-        source = next((each for each in sources(segment) if each in at), None)
-        if source is None or "onnx" not in segment.graphs:
+        if segment.source not in at or "onnx" not in segment.graphs:
             continue
-        found[f"input/{name}"] = at[source]
+        found[f"input/{name}"] = at[segment.source]
         graph = segment.graphs["onnx"]
-        outputs = backends.open_graph("onnx", family.files[graph.file.path], graph, 1).run(at[source])
+        outputs = backends.open_graph("onnx", family.files[graph.file.path], graph, 1).run(at[segment.source])
         if segment.split is not None:
             at.setdefault(segment.split, outputs[0])
     for (split, name), codec in family.codecs.items():
@@ -46,11 +45,6 @@ def make(family: Family) -> dict[str, Any]:
             found[f"payload/{split}/{name}"] = np.frombuffer(payload, np.uint8)
             found[f"decoded/{split}/{name}"] = codec.decode(payload)
     return found | run(family, found)
-
-
-def sources(segment: Any) -> list[str]:
-    """Where a segment may begin."""
-    return [segment.source, *getattr(segment, "accepts", [])]
 
 
 def run(family: Family, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +131,11 @@ def sdk(parts: Parts, wheels: Path, checkout: Path) -> Sdk:
     """Both runtimes and what the SDK's tests need, unpacked and compiled once; kinflow itself from the checkout."""
     target = parts.wheels.with_name(parts.wheels.name.replace("wheels-", "sdk-"))
     if not target.is_dir():
-        part = target.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(dir=target.parent))
         install_on_this_machine(part, wheels, "kinflow[onnx,tflite,cli]", "pytest", "pytest-timeout", "hypothesis")
         for each in part.glob("kinflow*"):
             shutil.rmtree(each)
+        part.chmod(0o755)
         part.rename(target)
     environment = {"PYTHONPATH": "/sdk:/kinflow/sdk", "PYTHONDONTWRITEBYTECODE": "1"}
     return Sdk({target: "/sdk", checkout: "/kinflow"}, environment)
