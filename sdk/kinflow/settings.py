@@ -12,14 +12,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from kinflow.backends import Accelerator
 from kinflow.errors import SettingsError
 from kinflow.manifest import BackendName
-from kinflow.messages import Name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,7 +54,13 @@ class ServiceSettings(_Settings, frozen=True):
     """What `kinflow device` does around the SDK; an app of one's own does not look at it."""
 
     bundle: Annotated[str, _doc("Folder or .zip of the family; empty: families/fashion/bundle.")] = ""
-    name: Annotated[Name | Literal[""], _doc("The device's name in its answers and topics; empty: the host name.")] = ""
+    name: Annotated[
+        str,
+        _doc(
+            "The device's name in its answers and topics; empty: the host name.",
+            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
+        ),
+    ] = ""
     source: Annotated[str, _doc("Where frames come from: `kinflow device --help` lists the kinds.")] = "-"
     rate_hz: Annotated[float, _doc("Frames looked at per second; 0: as many as it can.", ge=0, le=1000)] = 1.0
     stall_s: Annotated[float, _doc("A camera without a frame for so long is an error, seconds.", gt=0, le=3600)] = 30.0
