@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -407,7 +406,7 @@ def test_a_failing_sink_stops_neither_the_device_nor_the_others(caplog: pytest.L
 
 def test_the_loop_counts_tiers_and_says_so_to_systemd(tmp_path: Path) -> None:
     """READY once it runs, then a watchdog message for each look, with the counts as status."""
-    device = FakeDevice([answer("cat"), replace(answer("cat", tier="edge"), degraded=False)])
+    device = FakeDevice([answer("cat"), answer("cat", tier="edge")])
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(10)

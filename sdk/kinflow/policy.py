@@ -63,8 +63,7 @@ class Offload(Struct, frozen=True):
     reason: str
 
 
-@dataclass(frozen=True)
-class Strain:
+class Strain(Struct, frozen=True):
     """How hard pressed the machine is that would keep the answer."""
 
     share: float
