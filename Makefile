@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup setup-dev setup-builder demo test check bench lock clean
+.PHONY: setup setup-dev setup-builder demo test test-devices check bench lock clean
 
 setup: .venv/.run
 
@@ -12,6 +12,10 @@ demo: setup
 
 test: setup-dev setup-builder
 	$(BIN)/python -m pytest $(ARGS)
+
+# Emulated boards (docs/boards.md): root, Debian or Ubuntu.
+test-devices: setup-dev
+	$(BIN)/python -m pytest devices/tests -s --timeout 1800 $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check .

@@ -75,8 +75,12 @@ def page() -> str:
     """The whole page as Markdown."""
     parts = [
         HEAD,
-        "\n## Role `device`\n\nThe SDK in an app, and `kinflow run`.\n\n",
+        "\n## Role `device`\n\nThe SDK in an app, `kinflow run` and `kinflow device`.\n\n",
         table(settings.DeviceSettings),
+        "\n### Table `[service]`\n\nWhat `kinflow device` does around the SDK ([boards](boards.md)).\n\n",
+        table(settings.ServiceSettings),
+        "\n### Table `[service.mqtt]`\n\nAnswers by MQTT, to a broker of your own.\n\n",
+        table(settings.MqttSettings),
         DEVICE_EXAMPLE,
         "\n## Roles `edge` and `cloud`\n\n`kinflow edge` and `kinflow cloud`; `upstream` is for the edge.\n\n",
         table(settings.ServerSettings),

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # `make test`; HYPOTHESIS_PROFILE=search looks for new ones.
 hypothesis.settings.register_profile("kinflow", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
+# An emulated processor (devices/tests) is some fifty times slower.
+hypothesis.settings.register_profile("board", deadline=None, derandomize=True, database=None, max_examples=5)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kinflow"))
 
 

@@ -97,7 +97,11 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [pytest.param(words, id=f"{page}: {' '.join(words)}") for page, words in shell_lines() if "kinflow" in words[0]],
+    [
+        pytest.param(words, id=f"{page}: {' '.join(words)}")
+        for page, words in shell_lines()
+        if Path(words[0]).name == "kinflow"
+    ],
 )
 def test_kinflow_lines_parse(words: list[str]) -> None:
     """Each `kinflow` line of the documents names a command and flags that exist, with values that fit."""
@@ -124,15 +128,26 @@ def test_other_shell_lines_are_known() -> None:
     seen = set()
     for page, words in shell_lines():
         program = Path(words[0]).name
+        if program == "sudo":
+            words, program = words[1:], words[1]
         seen.add(program)
-        if program == "make":
+        if program == "sh":
+            script = ROOT / words[1]
+            assert script.is_relative_to(ROOT / "devices"), page
+            assert script.is_file(), f"{page}: {words[1]}"
+            text = (ROOT / "devices/install.sh").read_text(encoding="utf-8")
+            assert all(f"    {option})" in text for option in words[2:] if option.startswith("--")), f"{page}: {words}"
+        elif program == "systemctl":
+            assert words[2] == "kinflow-device", page
+        elif program == "make":
             assert words[1] in targets, page
         elif program == "pip":
-            assert words[1] == "install", page
-            assert set(re.findall(r"[\w-]+", words[2])) <= extras, f"{page}: {words[2]}"
+            assert words[1] in ("install", "uninstall"), page
+            if words[2].startswith(".["):
+                assert set(re.findall(r"[\w-]+", words[2])) <= extras, f"{page}: {words[2]}"
         else:
             assert program in ("kinflow", "python3"), f"{page}: {words}"
-    assert {"make", "pip", "kinflow"} <= seen
+    assert {"make", "pip", "kinflow", "sh"} <= seen
     for path in PAGES:
         for found in re.findall(r"pip install '\.\[([\w,-]+)\]'", path.read_text(encoding="utf-8")):
             assert set(found.split(",")) <= extras, f"{name_of(path)}: {found}"

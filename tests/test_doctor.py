@@ -41,7 +41,7 @@ def test_a_healthy_machine_passes() -> None:
     assert report["ok"] is True
     areas = {check["name"]: check for check in report["checks"]}
     assert areas.keys() == {
-        *("python", "memory", "disk", "clock", "cpu", "packages"),
+        *("python", "memory", "disk", "clock", "cpu", "glibc", "packages"),
         *("interfaces", "multicast", "certificate", "broker", "inference", "offload"),
     }
     assert areas["inference"]["status"] == "ok"

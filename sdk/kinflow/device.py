@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
 from kinflow.address import parse_all
 from kinflow.answer import Answer, Timings
 from kinflow.audit import Audit
 from kinflow.auditor import Auditor
+from kinflow.backends import Acceleration
 from kinflow.codec import Features
 from kinflow.confidence import Reading, read
 from kinflow.errors import CodecError, LinkError, LinkTimeout, SettingsError
@@ -27,7 +30,7 @@ from kinflow.family import Family, Output
 from kinflow.link import Answered
 from kinflow.logs import event
 from kinflow.messages import MAX_DEADLINE_MS
-from kinflow.policy import Keep, NoRoute, Offload, Route, decide, rates
+from kinflow.policy import Keep, NoRoute, Offload, Route, Strain, decide, raise_threshold, rates
 from kinflow.preprocess import Preprocessor
 from kinflow.resort import Resort
 from kinflow.settings import DeviceSettings
@@ -45,13 +48,28 @@ NOT_OPEN = NoRoute("the device is not open: use it in a with block")
 class Device:
     """Runs the device member and offloads what it is not sure of. Use it with `with`; threads may share it."""
 
-    def __init__(self, family: Family, settings: DeviceSettings | None = None) -> None:
-        """Starts nothing. Raises FamilyMismatch or BackendError when the member cannot run here."""
+    def __init__(
+        self,
+        family: Family,
+        settings: DeviceSettings | None = None,
+        *,
+        strain: Callable[[], Strain] | None = None,
+    ) -> None:
+        """Starts nothing. Raises FamilyMismatch or BackendError when the member cannot run here.
+
+        `strain` is asked at each inference, so it must be quick (kinflow.board.BoardWatch): under strain the
+        device keeps fewer answers.
+        """
         settings = settings or DeviceSettings()
         self.family = family
         self.settings = settings
         self._preprocess = Preprocessor(family.preprocess)
-        self._member = family.member(settings.member, backend=settings.backend, threads=settings.threads)
+        self._member = family.member(
+            settings.member,
+            backend=settings.backend,
+            threads=settings.threads,
+            acceleration=Acceleration(settings.accelerator, settings.engine_cache),
+        )
         last = self._member.segments[-1]
         exit_spec = family.manifest.exits[str(last.exit)]
         self._temperature = exit_spec.temperature
@@ -65,6 +83,8 @@ class Device:
         else:
             family.codec(last.split, settings.codec)  # raises where it is not there
             self._rates = rates(family.manifest.splits[last.split], settings.codec)
+        # Without a split nothing can be offloaded, whatever the strain.
+        self._strain = strain if self._split is not None else None
         self._pool: ThreadPoolExecutor | None = None
         self._auditor: Auditor | None = None
         self._certificate = exit_spec.certificate
@@ -74,10 +94,16 @@ class Device:
             )
 
     @classmethod
-    def open(cls, bundle: str | Path, settings: DeviceSettings | None = None) -> Device:
+    def open(
+        cls,
+        bundle: str | Path,
+        settings: DeviceSettings | None = None,
+        *,
+        strain: Callable[[], Strain] | None = None,
+    ) -> Device:
         """From a bundle's folder or .zip. Raises BundleError, FamilyMismatch or BackendError."""
         settings = settings or DeviceSettings()
-        return cls(load_family(bundle, settings), settings)
+        return cls(load_family(bundle, settings), settings, strain=strain)
 
     def __enter__(self) -> Device:
         if self._pool is not None:
@@ -157,10 +183,12 @@ class Device:
         output = self._member.run(self._preprocess(image))
         reading = read(output.logits[0], self._temperature)
         computed = time.perf_counter()
+        strain = None if self._strain is None else self._strain()
+        threshold = self._threshold if strain is None else raise_threshold(self._threshold, strain)
         # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
-        routes = SWITCHED_OFF if reading.confidence >= self._threshold else self._routes()
+        routes = SWITCHED_OFF if reading.confidence >= threshold else self._routes()
         remaining_s = deadline_s - (computed - start) - RESERVE_S
-        decision = decide(reading.confidence, self._threshold, routes, remaining_s)
+        decision = decide(reading.confidence, threshold, routes, remaining_s)
         local = _Local(start, computed, output, reading, os.urandom(16))
         if self._auditor is not None:
             kept = isinstance(decision, Keep) and reading.confidence >= self._threshold
@@ -169,6 +197,8 @@ class Device:
             answer = self._offload(local, decision, start + deadline_s - RESERVE_S)
         else:
             answer = self._local_answer(local, decision)
+        if strain is not None and self._threshold <= reading.confidence < threshold:
+            answer = _under_strain(answer, strain)
         if log.isEnabledFor(logging.INFO):
             event(
                 log,
@@ -282,6 +312,14 @@ def load_family(bundle: str | Path, settings: DeviceSettings) -> Family:
     """What the device in `settings` needs of a bundle, signed as they want it. Raises BundleError, SettingsError."""
     trusted = TrustedKeys.parse(settings.trusted_keys)
     return Family.load(bundle, trusted=trusted, member=settings.member, backend=settings.backend)
+
+
+def _under_strain(answer: Answer, strain: Strain) -> Answer:
+    """It was sure enough to be kept at ease. So it is not degraded where nobody else could answer."""
+    if answer.tier == "device":
+        reason = f"confident; kept although {strain.reason}: {answer.reason}"
+        return replace(answer, degraded=False, reason=reason)
+    return replace(answer, reason="; ".join(filter(None, (answer.reason, f"offloaded because {strain.reason}"))))
 
 
 class _Local(NamedTuple):

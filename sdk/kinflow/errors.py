@@ -2,6 +2,7 @@
 
 KinflowError
 ├── InputError           the app's input is not what the bundle's manifest asks for
+├── SourceError          a camera, a stream or a folder gives no frames
 ├── SettingsError        a settings file or a flag is wrong
 ├── BundleError          a bundle is corrupt, foreign or incomplete
 ├── BackendError         a runtime is missing, or a graph failed in it
@@ -31,6 +32,10 @@ class KinflowError(Exception):
 
 class InputError(KinflowError):
     code = "input"
+
+
+class SourceError(KinflowError):
+    code = "source"
 
 
 class SettingsError(KinflowError):

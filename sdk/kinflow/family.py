@@ -100,7 +100,15 @@ class Family:
             raise FamilyMismatch(f"split {split!r} of {self.id} has the codecs {_names(spec.codecs)}, got {name!r}")
         return codec
 
-    def member(self, name: str, *, backend: BackendName = "onnx", source: str = INPUT, threads: int = 1) -> Member:
+    def member(
+        self,
+        name: str,
+        *,
+        backend: BackendName = "onnx",
+        source: str = INPUT,
+        threads: int = 1,
+        acceleration: backends.Acceleration = backends.ON_CPU,
+    ) -> Member:
         """Open the part of a member that begins at `source` (the input or a split).
 
         Raises FamilyMismatch for an unknown member or source, BackendError when the runtime is not there.
@@ -113,7 +121,7 @@ class Family:
             raise FamilyMismatch(f"member {name!r} of {self.id} can begin at {_names(sources)}, asked for {source!r}")
         opened = []
         for segment in spec.segments[sources.index(source) :]:
-            opened.append(self._open_segment(segment, backend, threads))
+            opened.append(self._open_segment(segment, backend, threads, acceleration))
         return Member(name, source, tuple(opened))
 
     def sources_above(self, member: str) -> set[str]:
@@ -122,7 +130,9 @@ class Family:
         larger = [self.manifest.members[name] for name in names[names.index(member) + 1 :]]
         return {self.manifest.segments[segment].source for spec in larger for segment in spec.segments}
 
-    def _open_segment(self, name: str, backend: BackendName, threads: int) -> Segment:
+    def _open_segment(
+        self, name: str, backend: BackendName, threads: int, acceleration: backends.Acceleration
+    ) -> Segment:
         spec = self.manifest.segments[name]
         graph = spec.graphs.get(backend)
         if graph is None:
@@ -137,7 +147,7 @@ class Family:
             name,
             spec.split,
             spec.exit,
-            backends.open_graph(backend, self.files[graph.file.path], graph, threads),
+            backends.open_graph(backend, self.files[graph.file.path], graph, threads, acceleration),
         )
 
 

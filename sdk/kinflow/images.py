@@ -54,13 +54,23 @@ def read_image(source: str | Path | bytes, preprocess: Preprocess) -> Pixels:
             if opened.width * opened.height > MAX_PIXELS:
                 size = f"{opened.width}x{opened.height}"
                 raise InputError(f"{name} is {size}, images of at most {MAX_PIXELS} pixels are read")
-            image = _to_mode(ImageOps.exif_transpose(opened), preprocess.mode)
+            image = fit(ImageOps.exif_transpose(opened), preprocess)
     except UnidentifiedImageError as exc:
         raise InputError(f"{name} is not an image that Pillow can read") from exc
     except Image.DecompressionBombError as exc:
         raise InputError(f"{name}: {exc}") from exc
     except (OSError, SyntaxError, ValueError, EOFError) as exc:  # what Pillow's decoders raise on damage
         raise InputError(f"{name} is damaged or truncated: {exc}") from exc
+    return image
+
+
+def fit(image: Any, preprocess: Preprocess) -> Pixels:
+    """A PIL image, or uint8 [height, width, 3] of RGB, in the family's mode and size: see `read_image`."""
+    from PIL import Image, ImageOps
+
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image = _to_mode(image, preprocess.mode)
     fitted = (preprocess.width, preprocess.height)
     if image.size != fitted:
         if preprocess.resize == "crop":
@@ -84,7 +94,7 @@ def sources(
     """
     for path in paths:
         if str(path) == STDIN:
-            yield from _frames(stdin or sys.stdin.buffer, preprocess)
+            yield from frames(stdin or sys.stdin.buffer, preprocess)
             continue
         path = Path(path)
         if path.is_dir():
@@ -157,7 +167,8 @@ def _idx(path: Path, preprocess: Preprocess) -> Iterator[Item]:
         yield Item(f"{path.name}[{index}]", image, None if labels is None else int(labels[index]))
 
 
-def _frames(stream: IO[bytes], preprocess: Preprocess) -> Iterator[Item]:
+def frames(stream: IO[bytes], preprocess: Preprocess) -> Iterator[Item]:
+    """Raw uint8 frames in the family's mode and size until the stream ends. InputError for half a frame."""
     shape = _shape(preprocess)
     size = int(np.prod(shape))
     index = 0

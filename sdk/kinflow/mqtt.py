@@ -44,7 +44,7 @@ class Connection:
     `on_message(topic, payload)`, `on_connected()` and `on_lost()` run on the network thread, `on_message`
     also on one that is in `drive`; one at a time. They must be quick; what they raise is logged. `will` is a
     (topic, payload) that the broker publishes, retained, when this connection breaks. `on_connected` runs
-    after every connect, once all `subscriptions` are acknowledged.
+    after every connect, once all `subscriptions` are acknowledged. `login`: user name and password.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Connection:
         will: tuple[str, bytes] | None = None,
         on_connected: Callable[[], None] | None = None,
         on_lost: Callable[[], None] | None = None,
+        login: tuple[str, str] | None = None,
         keepalive_s: int = 5,
         tls: Credentials | None = None,
     ) -> None:
@@ -71,6 +72,7 @@ class Connection:
             client_id,
             subscriptions=subscriptions,
             will=will,
+            login=login,
             keepalive_s=keepalive_s,
             on_ready=self._become_ready,
             tls=tls,

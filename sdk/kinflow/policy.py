@@ -63,6 +63,14 @@ class Offload(Struct, frozen=True):
     reason: str
 
 
+class Strain(Struct, frozen=True):
+    """How hard pressed the machine is that would keep the answer."""
+
+    share: float
+    """0: at ease; 1: it should keep nothing."""
+    reason: str
+
+
 Decision = Keep | Offload
 
 CONFIDENT = "confident"
@@ -103,6 +111,11 @@ def _too_slow(route: Route, remaining_s: float) -> str:
     return (
         f"{route.node} needs about {expected_ms:.0f} ms for {rate.codec}, {max(remaining_s, 0) * 1e3:.0f} ms are left"
     )
+
+
+def raise_threshold(threshold: float, strain: Strain) -> float:
+    """Towards 1 with the strain. Only ever up: what is kept still meets the certificate."""
+    return threshold + (1 - threshold) * strain.share
 
 
 # Most answers are this one: made once.

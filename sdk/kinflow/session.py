@@ -44,6 +44,7 @@ class Session:
         *,
         subscriptions: Sequence[str],
         will: tuple[str, bytes] | None,
+        login: tuple[str, str] | None,
         keepalive_s: int,
         on_ready: Callable[[], None],
         tls: Credentials | None = None,
@@ -58,6 +59,8 @@ class Session:
         client.connect_timeout = CONNECT_TIMEOUT_S
         if will is not None:
             client.will_set(will[0], will[1], qos=0, retain=True)
+        if login is not None:
+            client.username_pw_set(*login)
         client.on_connect = self._connected
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected

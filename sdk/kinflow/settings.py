@@ -7,6 +7,7 @@ docs/settings.md lists every key; a flag of the command overrides its key.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from kinflow.backends import Accelerator
 from kinflow.errors import SettingsError
 from kinflow.manifest import BackendName
 
@@ -48,12 +50,52 @@ class TlsSettings(_Settings, frozen=True):
     insecure_lan: Annotated[bool, _doc("Allow connections beyond loopback without TLS.")] = False
 
 
+Topic = Annotated[str, msgspec.Meta(pattern=r"^[^+#/\x00]+(/[^+#/\x00]+)*\Z", max_length=200)]
+
+
+class MqttSettings(_Settings, frozen=True):
+    """Answers of `kinflow device` by MQTT: the owner's broker, not the one between device and server."""
+
+    broker: Annotated[str, _doc("`host:port` of the broker that gets the answers; empty: none.")] = ""
+    username: Annotated[str, _doc("User name there; empty: none is given.")] = ""
+    password_file: Annotated[str, _doc("File with the password, and nothing else.")] = ""
+    home_assistant: Annotated[bool, _doc("Announce the device to Home Assistant.")] = False
+    discovery_prefix: Annotated[Topic, _doc("Home Assistant's discovery prefix.")] = "homeassistant"
+
+
+class ServiceSettings(_Settings, frozen=True):
+    """What `kinflow device` does around the SDK; an app of one's own does not look at it."""
+
+    bundle: Annotated[str, _doc("Folder or .zip of the family; empty: families/fashion/bundle.")] = ""
+    name: Annotated[
+        str,
+        _doc(
+            "The device's name in its answers and topics; empty: the host name.",
+            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
+        ),
+    ] = ""
+    source: Annotated[str, _doc("Where frames come from: `kinflow device --help` lists the kinds.")] = "-"
+    rate_hz: Annotated[float, _doc("Frames looked at per second; 0: as many as it can.", ge=0, le=1000)] = 1.0
+    stall_s: Annotated[float, _doc("A camera without a frame for so long is an error, seconds.", gt=0, le=3600)] = 30.0
+    output: Annotated[str, _doc("File that answers are added to; `-`: standard output; empty: none.")] = "-"
+    board: Annotated[bool, _doc("A hot, throttled or busy board offloads earlier.")] = True
+    mqtt: Annotated[MqttSettings, _doc("Answers by MQTT.")] = MqttSettings()
+
+
 class DeviceSettings(_Settings, frozen=True):
-    """Role `device`: the SDK in an app, and `kinflow run`."""
+    """Role `device`: the SDK in an app, `kinflow run` and `kinflow device`."""
 
     backend: Annotated[BackendName, _doc("Runtime of the device member: `onnx` or `tflite`.")] = "onnx"
     member: Annotated[str, _doc("The member that runs here.")] = "device"
     threads: Annotated[int, _doc("Threads of the runtime.", ge=1, le=64)] = 1
+    accelerator: Annotated[
+        Accelerator,
+        _doc("Where ONNX Runtime computes; `auto`: on TensorRT, else CUDA, else the CPU, by what is there."),
+    ] = "cpu"
+    engine_cache: Annotated[str, _doc("Folder where TensorRT keeps its engines; empty: it builds them anew.")] = ""
+    tuned: Annotated[
+        str, _doc("File of `kinflow tune` with `backend`, `accelerator` and `threads`; keys beside this one win.")
+    ] = ""
     deadline_s: Annotated[float, _doc("Default time in which an answer must come, seconds.", gt=0, le=3600)] = 1.0
     threshold: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
@@ -78,6 +120,18 @@ class DeviceSettings(_Settings, frozen=True):
         _doc("Keys of which one must have signed a bundle, as `kinflow sign` shows them; empty: any bundle is taken."),
     ] = []
     tls: Annotated[TlsSettings, _doc("Who this device is and whom it trusts.")] = TlsSettings()
+    service: Annotated[ServiceSettings, _doc("What `kinflow device` does.")] = ServiceSettings()
+
+
+class Tuned(_Settings, frozen=True):
+    """What `kinflow tune` writes: the fastest way to run one family's device member on one board."""
+
+    backend: BackendName
+    accelerator: Accelerator
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    family: str
+    """Id and version that were measured."""
+    board: str
 
 
 class BrokerSettings(_Settings, frozen=True):
@@ -185,22 +239,50 @@ def load(role: str, kind: type[S], file: Path | None = None, **flags: Any) -> S:
     the key and the value.
     """
     path = file or next((path for path in search_paths(role) if path.is_file()), None)
-    keys: dict[str, Any] = {}
-    if path is not None:
-        try:
-            keys = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as exc:
-            raise SettingsError(f"{path}: {exc.strerror}") from exc
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-            raise SettingsError(f"{path}: not valid TOML: {exc}") from exc
+    keys: dict[str, Any] = _read(path) if path is not None else {}
     source = str(path) if path is not None else "flags"
     for name, value in flags.items():
         if value is not None:
-            table, _, key = name.rpartition("__")
-            target = keys.setdefault(table, {}) if table else keys
-            if not isinstance(target, dict):
-                raise SettingsError(f"{source}: {table} must be a table")
+            *tables, key = name.split("__")
+            target = keys
+            for table in tables:
+                target = target.setdefault(table, {})
+                if not isinstance(target, dict):
+                    raise SettingsError(f"{source}: {table} must be a table")
             target[key] = value
+    if tuned := keys.get("tuned"):
+        keys = _tuned(Path(str(tuned))) | keys
+    return _convert(keys, kind, source)
+
+
+def _tuned(path: Path) -> dict[str, Any]:
+    """What `kinflow tune` found out."""
+    found = _convert(_read(path), Tuned, str(path))
+    return {"backend": found.backend, "accelerator": found.accelerator, "threads": found.threads}
+
+
+def write_tuned(path: Path, found: Tuned) -> None:
+    """For the key `tuned`. Raises SettingsError when the file cannot be written; an old one is kept then."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in msgspec.structs.asdict(found).items()]
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text("# Written by `kinflow tune`.\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as exc:
+        raise SettingsError(f"{path}: {exc.strerror}") from exc
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        keys: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return keys
+    except OSError as exc:
+        raise SettingsError(f"{path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"{path}: not valid TOML: {exc}") from exc
+
+
+def _convert(keys: dict[str, Any], kind: type[S], source: str) -> S:
     try:
         return msgspec.convert(keys, kind)
     except msgspec.ValidationError as exc:

@@ -66,3 +66,16 @@ def reply(client: str) -> str:
 
 def status(node: str) -> str:
     return f"{ROOT}/node/{node}/status"
+
+
+# Of a device itself, on the broker that its owner names (`kinflow device`): for people and Home Assistant, no protocol.
+
+
+def device_state(device: str) -> str:
+    """Its last answer, as JSON; retained."""
+    return f"kinflow/device/{device}/state"
+
+
+def device_online(device: str) -> str:
+    """`online` or, by its last will, `offline`; retained."""
+    return f"kinflow/device/{device}/online"

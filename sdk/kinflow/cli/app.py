@@ -22,6 +22,8 @@ ENTRY_POINTS = "kinflow.commands"
 OWN = {
     "demo": "kinflow.cli.demo:demo",
     "run": "kinflow.cli.run:run",
+    "device": "kinflow.cli.device:device",
+    "tune": "kinflow.cli.tune:tune",
     "discover": "kinflow.cli.discover:discover",
     "inspect": "kinflow.cli.inspect:inspect",
     "doctor": "kinflow.cli.doctor:doctor",

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from kinflow import settings
-from kinflow.cli import health_inference, health_machine, health_network
+from kinflow.cli import health_board, health_inference, health_machine, health_network
 from kinflow.cli.health import Check, guarded
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -57,6 +57,10 @@ def doctor(
         ("disk", health_machine.disk),
         ("clock", health_machine.clock),
         ("cpu", health_machine.processor),
+        ("glibc", health_board.glibc),
+        ("board", health_board.board),
+        ("jetpack", health_board.jetpack),
+        ("camera", partial(health_board.camera, chosen.service.source)),
         ("packages", health_machine.packages),
         ("interfaces", partial(health_network.interfaces, chosen.interfaces)),
         ("multicast", partial(health_network.multicast, chosen.interfaces)),

@@ -1,0 +1,84 @@
+#!/bin/sh
+# Fetches what an emulated arm64 board is made of: the emulator, a Debian root, aarch64 wheels. Each part once.
+# usage: prepare.sh CACHE      (root; Debian 12 or newer, or Ubuntu with debian-archive-keyring)
+set -eu
+cache=$(realpath -m "${1:?usage: prepare.sh CACHE}")
+project=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3}
+pip="$python -m pip --disable-pip-version-check --quiet"
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+mkdir -p "$cache"
+
+need() { # need PROGRAM PACKAGE
+    command -v "$1" >/dev/null && return
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -qq -y --no-install-recommends "$2" >/dev/null
+}
+
+debian_mirror() { # the one that apt uses here, so that a machine behind a proxy or a mirror keeps to it
+    apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' 'Created-By: Packages' | sed -n 's/^Debian //p' | head -n 1
+}
+
+# Debian 13's qemu-user, one static file: 7.2 of Debian 12 knows neither IP_MULTICAST_IF nor what onnxruntime asks for.
+emulator() {
+    work=$(mktemp -d)
+    mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
+    mirror=$(debian_mirror)
+    echo "deb [signed-by=$keyring] ${mirror:-http://deb.debian.org/debian} trixie main" >"$work/sources.list"
+    : >"$work/status"
+    set -- -qq -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null \
+        -o "Dir::State::lists=$work/lists" -o "Dir::Cache=$work/cache" -o "Dir::State::status=$work/status" \
+        -o APT::Sandbox::User=root
+    apt-get "$@" update
+    (cd "$work" && apt-get "$@" download qemu-user)
+    dpkg-deb --fsys-tarfile "$work"/qemu-user_*.deb | tar -x -C "$work" ./usr/bin/qemu-aarch64
+    mv "$work/usr/bin/qemu-aarch64" "$cache/qemu-aarch64"
+    rm -r "$work"
+}
+
+# Unpacked only: no maintainer script runs, so not one arm64 instruction is needed.
+root() { # root DIRECTORY PACKAGES
+    need mmdebstrap mmdebstrap
+    need arch-test arch-test
+    rm -rf "$1.part"
+    # shellcheck disable=SC2046 # no mirror, no word
+    mmdebstrap --quiet --architectures=arm64 --variant=extract --keyring="$keyring" --include="$2" \
+        bookworm "$1.part" $(debian_mirror)
+    rm -rf "$1.part/dev" # device nodes, which a copy of the root would read without end
+    mkdir -p "$1.part/proc" "$1.part/sys" "$1.part/dev" "$1.part/run" "$1.part/tmp" "$1.part/root"
+    [ -e "$1.part/bin/sh" ] || ln -s dash "$1.part/bin/sh"
+    echo "127.0.0.1 localhost" >"$1.part/etc/hosts"
+    printf 'root:x:0:0::/root:/bin/sh\n' >"$1.part/etc/passwd"
+    printf 'root:x:0:\nvideo:x:44:\n' >"$1.part/etc/group"
+    printf 'passwd: files\ngroup: files\nhosts: files dns\n' >"$1.part/etc/nsswitch.conf"
+    # Compiled here: an emulated processor takes minutes for it.
+    "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' &&
+        "$python" -m compileall -q -s "$1.part" "$1.part/usr/lib/python3.11" >/dev/null || true
+    mv "$1.part" "$1"
+}
+
+# Binary wheels alone, as a board without a compiler gets them.
+wheels() {
+    rm -rf "$cache/wheels.part"
+    mkdir "$cache/wheels.part"
+    $pip wheel --no-deps --wheel-dir "$cache/wheels.part" "$project"
+    platforms=--platform=manylinux2014_aarch64
+    for minor in 24 26 27 28 31 34 35; do # of glibc; Debian 12 has 2.36
+        platforms="$platforms --platform=manylinux_2_${minor}_aarch64"
+    done
+    for wanted in '[onnx,tflite,cli]' '[tflite-runtime,cli]'; do
+        $pip download --dest "$cache/wheels.part" --find-links "$cache/wheels.part" --only-binary=:all: \
+            --implementation cp --python-version 3.11 --abi cp311 --abi abi3 --abi none $platforms \
+            "kinflow$wanted" pytest pytest-timeout hypothesis
+    done
+    rm -f "$cache"/wheels.part/kinflow-*.whl
+    mv "$cache/wheels.part" "$wheels"
+}
+
+[ -x "$cache/qemu-aarch64" ] || emulator
+[ -d "$cache/root" ] || root "$cache/root" \
+    python3,python3-venv,libstdc++6,libgomp1,dash,coreutils,sed,grep,login,passwd,util-linux,findutils
+# Anew whenever a dependency has changed, or what is done here with them.
+made_of=$(sed -n '/^dependencies = /,/^\[project.scripts\]/p' "$project/pyproject.toml" && sed -n '/^wheels()/,/^}/p' "$0")
+wheels=$cache/wheels-$(echo "$made_of" | sha256sum | cut -c1-12)
+[ -d "$wheels" ] || wheels
+echo "$wheels"
