@@ -13,7 +13,7 @@ from kinflow import idx
 from kinflow.family import Family
 from kinflow_builder import measure
 from kinflow_builder.curves import encode
-from kinflow_builder.data import preprocess
+from kinflow_builder.folders import Pictures
 
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 SAMPLES = 1000
@@ -36,7 +36,7 @@ def samples() -> tuple[np.ndarray, np.ndarray]:
 def runs(family: Family, samples: tuple[np.ndarray, np.ndarray]) -> list[measure.TierRun]:
     """All samples through all tiers, coded at every hop."""
     pytest.importorskip("onnxruntime", reason="pip install 'kinflow[onnx]'")
-    return measure.run_coded(family, measure.in_batches(preprocess(samples[0], family.preprocess)))
+    return measure.run_coded(family, Pictures(samples[0], None, family.labels).batches(family.preprocess))
 
 
 def test_size_and_files(family: Family) -> None:
@@ -84,10 +84,10 @@ def test_coding_costs_next_to_nothing(
     family: Family, samples: tuple[np.ndarray, np.ndarray], runs: list[measure.TierRun]
 ) -> None:
     """Coded features give nearly always the answer of the path on which nothing is quantised."""
-    inputs = preprocess(samples[0], family.preprocess)
+    pictures = Pictures(samples[0], None, family.labels)
     labels = samples[1].astype(np.int64)
     for tier in runs[1:]:
-        full = measure.run_full_precision(family, tier.member, measure.in_batches(inputs))
+        full = measure.run_full_precision(family, tier.member, pictures.batches(family.preprocess))
         # 0.3 points is the aim on 10,000 images; a thousand of them scatter by some tenths more.
         assert measure.top1(full, labels) - measure.top1(tier.logits, labels) <= 0.003 + 0.007, tier.member
 
