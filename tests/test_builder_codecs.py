@@ -65,14 +65,14 @@ def test_table_is_what_the_manifest_says() -> None:
 def test_merged_tokens_cost_less_and_fit_their_table() -> None:
     """Where half of the tokens are alike, merging them saves bytes and changes little, with tables of its own."""
     random = np.random.default_rng(0)
-    drawn = features((6, 16, 1), 0)
+    drawn = features((24, 16, 1), 0)
     drawn[:, :, 8:] = drawn[:, :, 8:9] + random.normal(0, 0.05, drawn[:, :, 8:].shape)
     plain = codecs.fit("s1-q4", drawn, drawn[:50], 0.5, 4)
     merged = codecs.fit_merging("s1-m9", drawn, drawn[:50], 0.5, 9, 3)
     assert merged.spec.kind == "token-merge"
     assert merged.spec.merge is not None
     assert merged.spec.table.path == "s1-m9.table"
-    assert merged.spec.bytes_mean < 0.8 * plain.spec.bytes_mean
+    assert merged.spec.bytes_mean < 0.9 * plain.spec.bytes_mean
     item = drawn[60]
     error = np.abs(merged.codec.decode(merged.codec.encode(item)) - item).mean()
     assert error < 1.5 * np.abs(plain.codec.decode(plain.codec.encode(item)) - item).mean()
