@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kinflow.backends import Acceleration, Accelerator
+from kinflow.backends import ON_CPU, Acceleration, Accelerator
 from kinflow.errors import BackendError
 from kinflow.logs import event
 from kinflow.manifest import Graph
@@ -28,7 +28,7 @@ PROVIDERS: dict[Accelerator, str] = {
 class OnnxRunner:
     """One InferenceSession. Safe to call from several threads."""
 
-    def __init__(self, data: bytes, graph: Graph, threads: int, wanted: Acceleration) -> None:
+    def __init__(self, data: bytes, graph: Graph, threads: int, wanted: Acceleration = ON_CPU) -> None:
         if find_spec("onnxruntime") is None:
             raise BackendError("ONNX Runtime is not installed: pip install 'kinflow[onnx]'")
         try:
