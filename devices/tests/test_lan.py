@@ -85,25 +85,39 @@ class Answers:
         raise AssertionError(f"not within {timeout_s:.0f} s; last: {self.said[-3:]}")
 
 
+def identities(folder: Path) -> None:
+    """An authority, a server's certificate and a device's, as docs/servers.md makes them."""
+    (folder / "word").write_text("a passphrase for tests")
+    enrol = ("pki", "enrol", "pi", "--at", "/identity")
+    for words in (("pki", "init"), ("pki", "issue", "edge", "kitchen"), enrol):
+        with running(*words, "--passphrase-file", "word", cwd=folder) as run:
+            assert run.wait() == 0, run.err
+
+
 @pytest.mark.skipif(shutil.which("mosquitto", path="/usr/sbin:/usr/bin") is None, reason="mosquitto is not installed")
 def test_a_board_finds_loses_and_finds_its_server(qemu: Parts, sdk: Sdk, tmp_path: Path) -> None:
-    """Nobody tells the board an address. The server is killed: local answers, degraded; it comes back: edge answers."""
+    """Nobody tells the board an address. The server is killed: local answers, degraded; it comes back: edge answers.
+
+    Mutual TLS all the while: the broker takes no connection without a certificate.
+    """
+    pytest.importorskip("cryptography", reason="certificates are made with it: pip install 'kinflow[pki]'")
+    identities(tmp_path)
     bundle = copy_bundle(tmp_path / "bundle", thresholds={"device": 1.0, "edge": 0.0})
     # As little as possible is emulated: the deadline is a slow processor's, everything else as on a board.
-    (tmp_path / "settings").mkdir()
-    (tmp_path / "settings/device.toml").write_text(
+    (tmp_path / "device.pi/slow.toml").write_text(
         'deadline_s = 30.0\n[service]\nbundle = "/bundle"\nsource = "-"\nname = "pi"\nrate_hz = 2.0\n'
+        '[tls]\nfolder = "/identity/tls"\n'
     )
     with bridge() as (server, device), ExitStack() as stack:
         board = Board.make(tmp_path / "root", qemu.root, "pi4", namespace=device)
         assert faces.FACES["pi4"].cpu == board.cpu
-        edge = ("edge", str(bundle), "--listen", SERVER, "--json")
+        edge = ("edge", str(bundle), "--listen", SERVER, "--tls", str(tmp_path / "edge.kitchen"), "--json")
         prefix = (IP, "netns", "exec", server)
         first = stack.enter_context(running(*edge, prefix=prefix))
-        first.ready()
+        assert first.ready()["tls"] is True
         command = board.command(
-            *("python3", "-m", "kinflow", "device", "--settings", "/settings/device.toml"),
-            binds={**sdk.binds, bundle: "/bundle", tmp_path / "settings": "/settings"},
+            *("python3", "-m", "kinflow", "device", "--settings", "/identity/slow.toml"),
+            binds={**sdk.binds, bundle: "/bundle", tmp_path / "device.pi": "/identity"},
             environment=sdk.environment,
         )
         process = stack.enter_context(
