@@ -63,7 +63,8 @@ class Listener:
     def __exit__(self, *_: object) -> None:
         self.connection.close()
 
-    def _hear(self, topic: str, payload: bytes) -> None:
+    def _hear(self, topic: str, data: memoryview) -> None:
+        payload = bytes(data)
         self.last[topic] = payload
         self.seen.append((topic, payload))
 
