@@ -119,8 +119,8 @@ def test_half_weights_halve_the_file(tmp_path: Path) -> None:
     """Weights stored in 16 bits make the graph smaller and still right; the graph casts them itself."""
     segment = trained_like(tiny_recipe()).segments[2]
     example = np.random.default_rng(0).normal(0, 1, (4, 2, 7, 7)).astype(np.float32)
-    full = export_onnx(segment, tmp_path / "full.onnx", example, half=False)
-    half = export_onnx(segment, tmp_path / "half.onnx", example, half=True)
+    full = export_onnx(segment, tmp_path / "full.onnx", example)
+    half = export_onnx(segment, tmp_path / "half.onnx", example, "half")
     assert full <= 1e-5 < 2e-2
     assert half <= 2e-2
     weights = {
@@ -145,7 +145,7 @@ def test_wrong_graph_is_refused(tmp_path: Path) -> None:
     segment = Segment("odd", torch.nn.Identity(), exit="odd", branch=OtherWhenExported()).eval()
     example = np.ones((3, 4), np.float32)
     with pytest.raises(BackendError, match=r"odd\.onnx differs from torch"):
-        export_onnx(segment, tmp_path / "odd.onnx", example, half=False)
+        export_onnx(segment, tmp_path / "odd.onnx", example)
 
 
 def test_graphs_hold_no_folders(assembled: tuple[Trunk, Family]) -> None:
@@ -196,7 +196,7 @@ def test_names_that_the_network_lacks() -> None:
     training = msgspec.structs.replace(recipe.training, exit_weights=weights)
     for wrong, named in (
         ({"training": training}, "training.exit_weights"),
-        ({"half_segments": ["fog"]}, "half_segments"),
+        ({"precision": {"fog": "half"}}, "precision"),
         ({"coding": {"s2": recipe.coding["s1"]}}, "coding"),
         ({"members": {"device": ["device"], "fog": ["fog"]}}, "members.fog"),
     ):

@@ -108,6 +108,18 @@ def test_people_get_tables(own: Path) -> None:
         assert expected in text
 
 
+def test_photos_come_after_the_counted_images() -> None:
+    """In the checkout a second family names photos, on the same servers, and the summary counts the first alone."""
+    with running("demo", "--images", "20", cwd=FASHION.parents[1]) as run:
+        assert run.wait(120) == 0, run.err[-5:]
+        assert run.gone()
+        text = "\n".join(run.out)
+    summary, photos = text.split("another family")
+    assert "20 images" in summary
+    assert "espresso" in photos
+    assert "tripod" in photos
+
+
 def test_ctrl_c_ends_every_process(own: Path) -> None:
     """In the middle of the work: servers and brokers go with the demo, whose status says it was interrupted."""
     with demo(own, "--json") as run:

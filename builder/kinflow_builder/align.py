@@ -12,6 +12,8 @@ from kinflow_builder.align_nested import train_nested
 from kinflow_builder.blocks import blocks_of
 from kinflow_builder.branches import trunk_of
 from kinflow_builder.recipe import Recipe
+from kinflow_builder.stitch_recipe import StitchRecipe
+from kinflow_builder.stitched import stitched
 from kinflow_builder.train import Inputs, train
 from kinflow_builder.trunk import Trunk, make_network
 
@@ -24,6 +26,10 @@ def aligned(build: Build, *, fresh: bool) -> Trunk:
     from kinflow_builder.build import check_names
 
     recipe = build.recipe
+    if isinstance(recipe, StitchRecipe):
+        trunk = stitched(build, recipe, fresh=fresh)
+        check_names(recipe, trunk)
+        return trunk
     network = make_network(build.folder, recipe.network)
     training, held_out = (Inputs.read(part, recipe.preprocess) for part in (build.images.train, build.images.held_out))
     if recipe.nested is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,24 +15,28 @@ from kinflow.family import INPUT
 from kinflow.tokens import FeatureCodec
 from kinflow_builder import bundle, codecs
 from kinflow_builder.cost import cost
-from kinflow_builder.export import Array, export_onnx
+from kinflow_builder.export import Array, export_onnx, runner
 from kinflow_builder.export_tflite import export_tflite
 from kinflow_builder.log import BuildLog
 from kinflow_builder.measure import median_s
-from kinflow_builder.recipe import Coding, Recipe
+from kinflow_builder.recipe import Coding
+from kinflow_builder.stitch_recipe import AnyRecipe
 from kinflow_builder.trunk import Segment, Trunk
 
 EXAMPLES = 16
-BATCH = 250
+# From which the ranges of an int8 graph are taken.
+RANGE_INPUTS = 128
+BATCH = 50
 
 
 def assemble(
-    stage: Path, recipe: Recipe, trunk: Trunk, fitting: Array, measured: Array, log: BuildLog
+    stage: Path, recipe: AnyRecipe, trunk: Trunk, fitting: Array, measured: Array, log: BuildLog
 ) -> spec.Manifest:
     """Writes the files into `stage`. Exits keep everything so far: they are calibrated through these graphs.
 
     `fitting` and `measured` are preprocessed images: the codecs' tables come from the first, their mean sizes
-    from the second. Raises BackendError when a graph does not compute what torch does.
+    from the second; both go through the graphs themselves. Raises BackendError when a graph does not compute
+    what torch does.
     """
     segments: dict[str, spec.Segment] = {}
     splits: dict[str, spec.Split] = {}
@@ -40,7 +45,8 @@ def assemble(
         source = segment.source or INPUT
         segments[segment.name] = _segment(stage, recipe, segment, source, seen[source][0], log)
         if segment.split is not None:
-            fitting, measured = (features_of(segment, part) for part in seen[source])
+            run = runner(stage / f"{segment.name}.onnx")
+            fitting, measured = (_features(run, part) for part in seen[source])
             fitted = _fit(stage, segment, recipe.coding[segment.split], fitting, measured, log)
             splits[segment.split], default = fitted
             # A segment that begins here sees what the codec gives back, as in service.
@@ -64,14 +70,14 @@ def assemble(
     )
 
 
-def features_of(segment: Segment, batch: Array) -> Array:
-    """Features before quantisation, of all items."""
-    with torch.no_grad():
-        parts = [segment(torch.from_numpy(batch[i : i + BATCH]))[0] for i in range(0, len(batch), BATCH)]
-    return np.concatenate([part.numpy() for part in parts])
+def _features(run: Callable[[Array], list[Array]], inputs: Array) -> Array:
+    """Features before quantisation, of all items: a graph's first output."""
+    return np.concatenate([run(inputs[begin : begin + BATCH])[0] for begin in range(0, len(inputs), BATCH)])
 
 
-def _segment(stage: Path, recipe: Recipe, segment: Segment, source: str, inputs: Array, log: BuildLog) -> spec.Segment:
+def _segment(
+    stage: Path, recipe: AnyRecipe, segment: Segment, source: str, inputs: Array, log: BuildLog
+) -> spec.Segment:
     example = np.ascontiguousarray(inputs[:EXAMPLES])
     with torch.no_grad():
         shapes = [list(output.shape[1:]) for output in segment(torch.from_numpy(example))]
@@ -80,12 +86,14 @@ def _segment(stage: Path, recipe: Recipe, segment: Segment, source: str, inputs:
     graphs: dict[spec.BackendName, spec.Graph] = {}
 
     path = stage / f"{segment.name}.onnx"
-    difference = export_onnx(segment, path, example, half=segment.name in recipe.half_segments)
+    precision = recipe.precision.get(segment.name, "float")
+    ranges = inputs[:RANGE_INPUTS]
+    difference = export_onnx(segment, path, example, precision, ranges)
     graphs["onnx"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, dynamic_batch=True)
     log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
     if segment.name in recipe.tflite_segments:
         path = stage / f"{segment.name}.tflite"
-        difference = export_tflite(segment, path, example)
+        difference = export_tflite(segment, path, example, ranges if precision == "int8" else None)
         graphs["tflite"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, dynamic_batch=False)
         log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
 

@@ -18,6 +18,7 @@ from kinflow_builder.exits import calibrated_exits, describe
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.recipe import IdxData, Recipe
+from kinflow_builder.stitch_recipe import AnyRecipe
 from kinflow_builder.trunk import Trunk
 
 # Enough for tables and mean sizes to settle.
@@ -36,7 +37,7 @@ class Build:
     """The bundle's folder."""
     work: Path
     """Gets the checkpoint."""
-    recipe: Recipe
+    recipe: AnyRecipe
     images: Division
     log: BuildLog
 
@@ -68,24 +69,25 @@ def build_family(build: Build, *, fresh: bool) -> figures.Figures:
     return found
 
 
-def check_names(recipe: Recipe, trunk: Trunk) -> None:
+def check_names(recipe: AnyRecipe, trunk: Trunk) -> None:
     """Raises SettingsError where the recipe names segments, splits or exits that the trunk does not have."""
     segments = {segment.name for segment in trunk.segments}
     splits, exits = set(trunk.bottlenecks), set(trunk.exits)
     rows = [
         ("coding", set(recipe.coding), splits, True),
-        ("training.exit_weights", set(recipe.training.exit_weights), exits, True),
         ("exits", set(recipe.exits), exits, False),
         ("tflite_segments", set(recipe.tflite_segments), segments, False),
-        ("half_segments", set(recipe.half_segments), segments, False),
+        ("precision", set(recipe.precision), segments, False),
     ]
+    if isinstance(recipe, Recipe):
+        rows.append(("training.exit_weights", set(recipe.training.exit_weights), exits, True))
     rows += [(f"members.{member}", set(parts), segments, False) for member, parts in recipe.members.items()]
     for field, given, known, complete in rows:
         if given - known or (complete and known - given):
             raise SettingsError(f"{field} names {sorted(given)}, the network has {sorted(known)}")
 
 
-def write_samples(folder: Path, test: Pictures, recipe: Recipe) -> None:
+def write_samples(folder: Path, test: Pictures, recipe: AnyRecipe) -> None:
     """The first test images, in the format and under the names that an idx data set itself has."""
     if isinstance(recipe.data, IdxData):
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ def write_samples(folder: Path, test: Pictures, recipe: Recipe) -> None:
         idx.write(folder / "labels-idx1-ubyte.gz", part.truth.astype("uint8"))
 
 
-def _some(pictures: Pictures, recipe: Recipe) -> measure.Array:
+def _some(pictures: Pictures, recipe: AnyRecipe) -> measure.Array:
     """Preprocessed images to fit codecs to: float32 [n, channels, height, width]."""
     spec = recipe.preprocess
     limit = CODEC_BYTES // (4 * len(spec.mean) * spec.height * spec.width)

@@ -11,7 +11,8 @@ from kinflow_builder.bdrate import front
 from kinflow_builder.figures import Figures
 from kinflow_builder.measure import sources
 from kinflow_builder.plot import BYTES_PLOT, LATENCY_PLOT, draw
-from kinflow_builder.recipe import FolderData, Recipe
+from kinflow_builder.recipe import FolderData
+from kinflow_builder.stitch_recipe import AnyRecipe
 
 CARD = "card.md"
 # Where `kinflow certify` writes: what stands below was made after the card, what stands above may no longer hold.
@@ -22,7 +23,7 @@ RISKS = {
 }
 
 
-def write(stage: Path, manifest: Manifest, recipe: Recipe, found: Figures) -> None:
+def write(stage: Path, manifest: Manifest, recipe: AnyRecipe, found: Figures) -> None:
     """card.md and its plots, into the bundle's folder."""
     draw(stage, found)
     parts = [
@@ -57,7 +58,7 @@ and bytes above were measured with the earlier ones. The certifying pictures hav
     path.write_text(f"{text}\n\n{section}\n", encoding="utf-8")
 
 
-def _head(manifest: Manifest, recipe: Recipe) -> str:
+def _head(manifest: Manifest, recipe: AnyRecipe) -> str:
     labels = ", ".join(manifest.labels[:20]) + (", …" if len(manifest.labels) > 20 else "")
     return f"""# {manifest.title}
 
@@ -69,7 +70,7 @@ The figures below hold for images like these. Of those to train on, {_held_out(r
 temperatures and certificates."""
 
 
-def _held_out(recipe: Recipe) -> str:
+def _held_out(recipe: AnyRecipe) -> str:
     kept = recipe.data.held_out
     return f"{kept:,}" if isinstance(kept, int) else f"{100 * kept:g}%"
 
@@ -220,7 +221,7 @@ def _files(manifest: Manifest) -> str:
     return f"## Files\n\n{_table(('file', 'kB'), rows)}"
 
 
-def _reproduce(recipe: Recipe) -> str:
+def _reproduce(recipe: AnyRecipe) -> str:
     training = recipe.training
     folder, where = f"families/{recipe.id}", ""
     if isinstance(recipe.data, FolderData):

@@ -12,6 +12,7 @@ import typer
 
 from kinflow.errors import BackendError, SettingsError
 from kinflow_builder.recipe import RECIPE, Recipe
+from kinflow_builder.stitch_recipe import load as load_recipe
 
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime", "scipy", "matplotlib", "PIL", "rich", "tomli_w")
 NEEDED_FOR_TFLITE = ("litert_torch", "ai_edge_litert")
@@ -77,9 +78,9 @@ def build(
 def _from_recipe(
     path: Path, images: Path | None, out: Path | None, epochs: int | None, *, fresh: bool, model: str = ""
 ) -> None:
-    chosen = Recipe.load(path)
+    chosen = load_recipe(path)
     folder = path.parent if path.suffix == ".toml" else path
-    if model and chosen.network.make != model:
+    if model and isinstance(chosen, Recipe) and chosen.network.make != model:
         raise SettingsError(f"{folder} is the work of another model, {chosen.network.make}: start anew with --fresh")
     if chosen.tflite_segments:
         # Now, and not after half an hour of training.

@@ -18,15 +18,16 @@ import numpy.typing as npt
 
 from kinflow import idx
 from kinflow.errors import InputError
-from kinflow_builder import folders
+from kinflow_builder import folders, stitch_recipe
 from kinflow_builder.folders import Division, Pictures
-from kinflow_builder.recipe import DataFile, FolderData, IdxData, Recipe
+from kinflow_builder.recipe import DataFile, FolderData, IdxData
+from kinflow_builder.stitch_recipe import AnyRecipe
 
 DOWNLOAD_TIMEOUT_S = 60.0
 MAX_DOWNLOAD_BYTES = 1 << 28
 
 
-def load(recipe: Recipe, folder: Path, directory: Path | None = None, cache: Path | None = None) -> Division:
+def load(recipe: AnyRecipe, folder: Path, directory: Path | None = None, cache: Path | None = None) -> Division:
     """What the recipe in `folder` trains on, calibrates with and is measured on, divided by the recipe's seed.
 
     idx files are looked for in `directory` if it is given, else where the recipe says and in `cache`, else
@@ -49,7 +50,7 @@ def load(recipe: Recipe, folder: Path, directory: Path | None = None, cache: Pat
 
 def load_test(folder: Path, directory: Path | None = None, cache: Path | None = None) -> Pictures:
     """The test images of the family whose recipe is in `folder`. Raises as `load` and `Recipe.load` do."""
-    recipe = Recipe.load(folder)
+    recipe = stitch_recipe.load(folder)
     if isinstance(recipe.data, FolderData):
         return load(recipe, folder, directory, cache).test
     return _pair(recipe, recipe.data.test_images, recipe.data.test_labels, folder, directory, cache)
@@ -62,7 +63,7 @@ def cache_folder() -> Path:
 
 
 def _pair(
-    recipe: Recipe, images: DataFile, labels: DataFile, folder: Path, directory: Path | None, cache: Path | None
+    recipe: AnyRecipe, images: DataFile, labels: DataFile, folder: Path, directory: Path | None, cache: Path | None
 ) -> Pictures:
     assert isinstance(recipe.data, IdxData)  # load: the other kind has no files
     places = [folder / place for place in recipe.data.directories]

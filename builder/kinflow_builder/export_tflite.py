@@ -10,15 +10,26 @@ import torch
 
 from kinflow.backends.tflite import interpreter_module
 from kinflow.errors import BackendError
-from kinflow_builder.export import TOLERANCE, Array, largest_difference, refuse_beyond, torch_outputs
+from kinflow_builder.export import (
+    TOLERANCE,
+    TOLERANCES,
+    Array,
+    largest_difference,
+    mean_difference,
+    refuse_beyond,
+    torch_outputs,
+)
+from kinflow_builder.export_tflite_int8 import quantise_tflite
 from kinflow_builder.log import hushed
 from kinflow_builder.trunk import Segment
 
 
-def export_tflite(segment: Segment, path: Path, example: Array) -> float:
+def export_tflite(segment: Segment, path: Path, example: Array, ranges: Array | None = None) -> float:
     """Writes `path`, a static graph of batch 1. Returns the largest difference to torch over `example`.
 
-    Raises BackendError when the converter is missing or the graph computes something else.
+    `ranges`: real inputs, from which the ranges of a static int8 graph are taken; its inputs and outputs stay
+    float, and the difference is the root mean square one. Raises BackendError when the converter is missing or the
+    graph computes something else.
     """
     if find_spec("litert_torch") is None:
         raise BackendError("the TFLite converter is not installed: pip install 'kinflow[builder-tflite]'")
@@ -26,8 +37,13 @@ def export_tflite(segment: Segment, path: Path, example: Array) -> float:
         import litert_torch
 
         litert_torch.convert(segment.eval(), (torch.from_numpy(example[:1]),)).export(str(path))
-    difference = largest_difference(torch_outputs(segment, example), _run(path, example))
+    expected = torch_outputs(segment, example)
+    difference = largest_difference(expected, _run(path, example))
     refuse_beyond(TOLERANCE, difference, path)
+    if ranges is not None:
+        quantise_tflite(path, ranges)
+        difference = mean_difference(expected, _run(path, example))
+        refuse_beyond(TOLERANCES["int8"], difference, path)
     return difference
 
 

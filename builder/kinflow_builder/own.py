@@ -137,10 +137,10 @@ def _recipe(
         labels=labels,
         members={member: members[: index + 1] for index, member in enumerate(members)},
         tflite_segments=members[:1] if wishes.tflite else [],
-        half_segments=members[1:],
         preprocess=spec,
         data=data,
         network=Network(wishes.make),
+        precision=dict.fromkeys(members[1:], "half"),
         branches=Branches(after, channels, teacher=trained),
         training=Training(
             epochs=MIN_EPOCHS,

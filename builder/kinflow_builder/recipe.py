@@ -16,6 +16,8 @@ RECIPE = "recipe.toml"
 # Of the trained step: the widest that training shows to the tails.
 COARSEST = 2.0
 
+# float; weights stored with 16, 8 or 6 bits and computed with as floats; or all of the arithmetic with 8 bits.
+Precision = Literal["float", "half", "weights8", "weights6", "int8"]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -178,8 +180,6 @@ class Recipe(_Strict, frozen=True):
     """Segments of each member, from the input on."""
     tflite_segments: list[Name]
     """Segments that get a TFLite graph too."""
-    half_segments: list[Name]
-    """Segments whose weights are stored as 16-bit floats and computed with 32 bits."""
     preprocess: Preprocess
     data: Data
     network: Network
@@ -190,6 +190,8 @@ class Recipe(_Strict, frozen=True):
     """For a network that is no Trunk yet."""
     nested: Nested | None = None
     """For such a network too, instead of `branches`."""
+    precision: dict[Name, Precision] = {}
+    """Of segments' graphs; float where none is given."""
 
     @classmethod
     def load(cls, folder: Path) -> Recipe:

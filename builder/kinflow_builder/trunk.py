@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -122,23 +124,7 @@ def make_network(folder: Path, network: Network) -> nn.Module:
 
     Raises SettingsError that names it otherwise.
     """
-    file, _, function = network.make.rpartition(":")
-    path = folder / file
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise SettingsError(f"network.make names {path}, which is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Its own neighbours can be imported from there, as when it is run.
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as exc:
-        raise SettingsError(f"{path} cannot be imported: {type(exc).__name__}: {exc}") from exc
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-    make = getattr(module, function, None)
-    if make is None:
-        raise SettingsError(f"network.make names {function!r}, which {path} does not define")
+    make = function_of(folder, network.make, "network.make")
     try:
         made = make(**network.options)
     except (TypeError, ValueError) as exc:
@@ -150,3 +136,25 @@ def make_network(folder: Path, network: Network) -> nn.Module:
             f"{network.make} returns {type(made).__name__}, expected a torch.nn.Module, or a list of them"
         )
     return made
+
+
+def function_of(folder: Path, named: str, field: str) -> Callable[..., Any]:
+    """The function `file.py:function`, the file relative to `folder`. Raises SettingsError that names `field`."""
+    file, _, function = named.rpartition(":")
+    path = folder / file
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise SettingsError(f"{field} names {path}, which is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Its own neighbours can be imported from there, as when it is run.
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as exc:
+        raise SettingsError(f"{path} cannot be imported: {type(exc).__name__}: {exc}") from exc
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    make: Callable[..., Any] | None = getattr(module, function, None)
+    if make is None:
+        raise SettingsError(f"{field} names {function!r}, which {path} does not define")
+    return make

@@ -30,8 +30,10 @@ from kinflow.settings import DeviceSettings
 ROWS = 12
 FIND_TIMEOUT_S = 15.0
 COLOURS = {"device": "green", "edge": "yellow", "cloud": "magenta"}
-# The repository's own family; a checkout is where the demo is run from.
+# The repository's own families; a checkout is where the demo is run from.
 FAMILY = Path("families/fashion")
+SECOND_FAMILY = Path("families/imagenet_lite")
+PHOTOS = Path("examples/photos")
 
 
 def demo(
@@ -41,12 +43,17 @@ def demo(
     deadline: Annotated[float, typer.Option(help="Seconds in which each answer must come.", min=0.001)] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
-    """Run device, edge server, cloud server and brokers on this machine, on real images."""
+    """Run device, edge server, cloud server and brokers on this machine, on real images.
+
+    In a checkout some photos come afterwards, by a second family on the same servers; they are not counted.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     console = Console(stderr=as_json)
     bundle = family / "bundle"
+    second = SECOND_FAMILY / "bundle"
+    with_photos = not as_json and family == FAMILY and second.is_dir() and PHOTOS.is_dir()
     with ExitStack() as stack:
-        fleet = stack.enter_context(Fleet([bundle]))
+        fleet = stack.enter_context(Fleet([bundle, second] if with_photos else [bundle]))
         with console.status("starting the cloud server, the edge server and their brokers"):
             for server in fleet.start_cloud_and_edge():
                 console.print(
@@ -65,22 +72,30 @@ def demo(
         summary = summarise(
             device.family, answers, [item.image for item in items], [int(item.truth or 0) for item in items]
         )
-    if as_json:
-        sys.stdout.write(msgspec.json.encode(summary).decode() + "\n")
-    else:
-        console.print(table(summary))
+        if as_json:
+            sys.stdout.write(msgspec.json.encode(summary).decode() + "\n")
+        else:
+            console.print(table(summary))
+        if with_photos:
+            other = stack.enter_context(Device.open(second, settings))
+            other.wait_for_server(FIND_TIMEOUT_S)
+            console.print(f"the same servers, another family: {other.family.manifest.title}")
+            _classify(other, list(sources([str(PHOTOS)], other.family.preprocess)), fleet, console, keep=True)
 
 
-def _classify(device: Device, items: list[Item], fleet: Fleet, console: Console) -> list[Answer]:
-    """Every image through the device, shown as it comes; a server that dies is told and missed."""
+def _classify(device: Device, items: list[Item], fleet: Fleet, console: Console, *, keep: bool = False) -> list[Answer]:
+    """Every image through the device, shown as it comes; a server that dies is told and missed.
+
+    `keep`: the last rows are also printed where there is no terminal to watch.
+    """
     labels = device.family.labels
     answers: list[Answer] = []
-    with _live(len(items), console) as show:
+    with _live(len(items), console, keep=keep) as show:
         for number, item in enumerate(items):
             answer = device.infer(item.image)
             answers.append(answer)
             truth = "" if item.truth is None else labels[item.truth]
-            show(f"#{number}", answer, truth)
+            show(f"#{number}" if item.truth is not None else Path(item.name).name, answer, truth)
             for line in fleet.news():
                 console.print(f"[bold red]{line}; the device goes on answering[/]")
     return answers
@@ -127,9 +142,9 @@ class _View:
 
 
 @contextmanager
-def _live(total: int, console: Console) -> Iterator[_View]:
+def _live(total: int, console: Console, *, keep: bool) -> Iterator[_View]:
     view = _View(total, console)
-    with Live(view, console=console, refresh_per_second=8, transient=not console.is_terminal):
+    with Live(view, console=console, refresh_per_second=8, transient=not (keep or console.is_terminal)):
         yield view
 
 

