@@ -29,9 +29,11 @@ from kinflow.messages import (
     Cancel,
     Echo,
     Failure,
+    Fetch,
     Hop,
     Message,
     NodeStatus,
+    Part,
     Probe,
     Reply,
     Request,
@@ -61,6 +63,10 @@ failures = st.builds(Failure, ids, names, text.map(lambda value: value[:32]), te
 cancels = st.builds(Cancel, ids, names)
 probes = st.builds(Probe, ids, names)
 echoes = st.builds(Echo, ids, names, times)
+fetches = st.builds(
+    Fetch, ids, names, names, st.text(min_size=1, max_size=64), st.integers(0, 2**40), st.integers(1, 2**20)
+)
+parts = st.builds(Part, ids, names, st.integers(0, 2**40))
 served = st.builds(Served, names, names, st.dictionaries(names, st.lists(names, max_size=2), max_size=2))
 statuses = st.builds(
     NodeStatus,
@@ -82,6 +88,8 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     Cancel: cancels,
     Probe: probes,
     Echo: echoes,
+    Fetch: fetches,
+    Part: parts,
     NodeStatus: statuses,
 }
 messages = st.one_of(*STRATEGIES.values())

@@ -229,7 +229,7 @@ def test_a_known_id_is_no_key_to_another_s_reply(bundle: Path) -> None:
 
 def test_features_are_never_logged(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With every logger at DEBUG, nothing of a request's payload appears on device or server, answered or refused."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="kinflow")
     family = Family.load(bundle)
     sent: list[bytes] = []
     with (

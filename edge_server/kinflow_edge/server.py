@@ -82,9 +82,9 @@ class Server:
     def _start(self, stack: ExitStack) -> None:
         for model in self._models.values():
             model.warm_up()
+        stack.enter_context(self.broker)
         if self.insecure:
             log.warning("%s", self.insecure)
-        stack.enter_context(self.broker)
         if self.settings.upstream:
             self.uplinks = {family: self._uplink(model) for family, model in self._models.items()}
         self._connection = Connection(

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+# No exit is certain, however its logits round: a threshold of 1 keeps nothing.
+MOST = math.nextafter(1.0, 0.0)
+
 
 class Reading(NamedTuple):
     """What an exit says: the label's index and the calibrated probability that it is right."""
@@ -25,7 +28,7 @@ def read(logits: npt.NDArray[np.float32], temperature: float) -> Reading:
     label = int(logits.argmax())
     # The largest term of the softmax is exp(0); the others are relative to it.
     confidence = float(1.0 / np.exp((logits - logits[label]) / temperature).sum())
-    return Reading(label, confidence if math.isfinite(confidence) else 0.0)
+    return Reading(label, min(confidence, MOST) if math.isfinite(confidence) else 0.0)
 
 
 def probabilities(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float64]:
