@@ -198,7 +198,8 @@ def test_thousands_of_offloads(trio: Path) -> None:
             assert late == []
             assert resident_bytes(run.process.pid) - before < 20e6
             os.kill(ready["broker_pid"], signal.SIGKILL)
-            wait_until(lambda: device.infer(images[0]).degraded)
+            # Some wait for the new broker, some are answered here: none is late.
+            assert max(device.infer(image).total_ms for image in images) <= 1500
             wait_until(lambda: device.infer(images[0]).tier == "edge", 20)
 
 
