@@ -26,7 +26,7 @@ def draw(images: int, out: Path) -> None:
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
 
     @contextmanager
-    def once(total: int, console: Console) -> Iterator[Any]:
+    def once(total: int, console: Console, **_: object) -> Iterator[Any]:
         view = demo._View(total, console)
         yield view
         console.print(view)
