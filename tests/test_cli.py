@@ -256,13 +256,13 @@ def test_discover_shows_what_the_broker_cannot_confirm() -> None:
     """An advert without a broker behind it is listed as unreachable: adverts are hints."""
     name = f"ghost-{os.urandom(4).hex()}"
     with Advert(Node(name, "cloud", "127.0.0.1", 9, (("fashion", "9.9"),))):
-        done = cli("discover", "--interface", "127.0.0.1", "--timeout", "1", "--json")
+        done = cli("discover", "--interface", "127.0.0.1", "--timeout", "4", "--json")
         assert done.returncode == 0, done.stderr
         (found,) = [server for server in json.loads(done.stdout) if server["node"] == name]
         assert found["state"] == "unreachable"
         assert found["families"] == [["fashion", "9.9"]]
         assert found["load"] is None
-        table = cli("discover", "--interface", "127.0.0.1", "--timeout", "1").stdout.decode()
+        table = cli("discover", "--interface", "127.0.0.1", "--timeout", "4").stdout.decode()
         assert any(name in line and "unreachable" in line for line in table.splitlines())
 
 
@@ -276,7 +276,7 @@ def test_a_server_is_discovered_and_used(tmp_path: Path, picture: Path) -> None:
         try:
             ready = json.loads(server.stdout.readline())
             time.sleep(0.2)
-            done = cli("discover", "--interface", "127.0.0.1", "--timeout", "1", "--json")
+            done = cli("discover", "--interface", "127.0.0.1", "--timeout", "4", "--json")
             (found,) = [entry for entry in json.loads(done.stdout) if entry["node"] == name]
             family = Family.load(BUNDLE)
             assert (found["tier"], found["state"], found["address"]) == ("edge", "ready", ready["broker"])
