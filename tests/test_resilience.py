@@ -88,7 +88,8 @@ def test_a_rolling_restart_loses_nothing(bundle: Path) -> None:
         servers = [fleet.start("edge", name=f"edge-{letter}") for letter in "ab"]
         brokers = ",".join(server.broker for server in servers)
         with Device.open(bundle, DeviceSettings(broker=brokers, deadline_s=DEADLINE_S)) as device:
-            assert device.wait_for_server(15)
+            for server in servers:
+                device_sees(device, name(server))
             with asking(device) as asker:
                 for place, server in enumerate(list(servers)):
                     other = servers[1 - place]
