@@ -120,9 +120,9 @@ def test_a_board_finds_loses_and_finds_its_server(qemu: Parts, sdk: Sdk, tmp_pat
             binds={**sdk.binds, bundle: "/bundle", tmp_path / "device.pi": "/identity"},
             environment=sdk.environment,
         )
-        process = stack.enter_context(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
+        # Not as a context: at its end that would flush frames which nobody reads any more.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stack.callback(process.wait)
         stack.callback(process.kill)
         answers = Answers(process, sample_images(1)[0].tobytes())
         found = answers.until(lambda answer: answer["tier"] == "edge")
