@@ -57,9 +57,13 @@ if [ -n "$uninstall" ]; then
         if getent passwd kinflow >/dev/null; then userdel kinflow; fi
     fi
     if [ "$(readlink "$bin/kinflow" || true)" = "$prefix/venv/bin/kinflow" ]; then rm "$bin/kinflow"; fi
-    rm -rf "$prefix" "$settings/device.toml"
-    # Only if nothing else is in them.
-    rmdir "$settings" "$bin" 2>/dev/null || true
+    # onnxruntime keeps a folder of its own, too.
+    cache=$HOME/.cache/Microsoft
+    rm -rf "$prefix" "$settings/device.toml" "$cache/DeveloperTools/.onnxruntime"
+    # Only if nothing else is in them; /usr/local/bin is the system's.
+    for folder in "$settings" "$cache/DeveloperTools" "$cache" "$HOME/.local/bin"; do
+        rmdir "$folder" 2>/dev/null || true
+    done
     echo "kinflow is removed"
     exit 0
 fi

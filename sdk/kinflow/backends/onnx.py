@@ -36,6 +36,8 @@ class OnnxRunner:
         except ImportError as exc:  # a wheel for another processor; also Ctrl-C while it loads
             raise BackendError(f"ONNX Runtime is installed but does not load: {exc}: see `kinflow doctor`") from exc
 
+        # A device is not to report to its runtime's maker. (The import alone leaves an id below ~/.cache.)
+        onnxruntime.disable_telemetry_events()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
