@@ -149,7 +149,7 @@ def test_uninstall_leaves_nothing(installed: Board, binds: dict[Path, str], clea
     locks = {Path("etc/.pwd.lock")}
     left = files_of(installed) - clean - backups - locks
     # Folders of every user's home and of systemd are not ours to remove.
-    folders = ("root/.local", "root/.local/share", "root/.config", "root/.cache", "opt", "etc/systemd/system")
-    shared = {Path(path) for path in (*folders, "usr/local", "usr/local/bin")}
+    folders = ("root/.local", "root/.local/share", "root/.config", "root/.cache", "opt", "etc/systemd")
+    shared = {Path(path) for path in (*folders, "etc/systemd/system", "usr/local", "usr/local/bin")}
     assert {path for path in left if path not in shared and not path.name.startswith(("shadow", "gshadow"))} == set()
     assert "kinflow" not in (installed.root / "etc/passwd").read_text()
