@@ -54,7 +54,7 @@ if [ -n "$uninstall" ]; then
         rm -rf "$units/$unit" "$units/$unit.d" "$state"
         systemd daemon-reload
         # Its name and group went with it.
-        if getent passwd kinflow >/dev/null; then userdel kinflow; fi
+        if id kinflow >/dev/null 2>&1; then userdel kinflow; fi
     fi
     if [ "$(readlink "$bin/kinflow" || true)" = "$prefix/venv/bin/kinflow" ]; then rm "$bin/kinflow"; fi
     # onnxruntime keeps a folder of its own, too.
@@ -105,10 +105,10 @@ if [ ! -e "$settings/device.toml" ]; then
 fi
 
 if [ -n "$service" ]; then
-    getent passwd kinflow >/dev/null ||
+    id kinflow >/dev/null 2>&1 ||
         useradd --system --user-group --no-create-home --home-dir "$state" --shell /usr/sbin/nologin kinflow
     # Cameras belong to this group on both boards.
-    if getent group video >/dev/null; then usermod --append --groups video kinflow; fi
+    if grep -q '^video:' /etc/group; then usermod --append --groups video kinflow; fi
     chown -R kinflow: "$state"
     mkdir -p "$units/$unit.d"
     cp "$here/$unit" "$units/$unit"
