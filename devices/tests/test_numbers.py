@@ -14,6 +14,9 @@ from conftest import FAMILIES, ROOT, Parts, Sdk, install_on_this_machine
 
 # Float graphs agree to about six digits; quantised ones may round one step of 256 differently.
 ABSOLUTE, RELATIVE = 2e-3, 2e-3
+# Another version of a runtime rounds each int8 layer a little otherwise, which adds up to some steps of 256. Graphs
+# that it silently got wrong had cosines of 0.62 and 0.92.
+COSINE = 0.99
 SCRIPT = Path(__file__).with_name("answers.py")
 
 
@@ -69,8 +72,15 @@ def test_answers_of_tflite_runtime(pi: Board, wheels: Path, made: tuple[Path, Pa
         pytest.skip(f"{made[0]} has no graph for TFLite")
     target = install_on_this_machine(tmp_path / "sdk", wheels, "kinflow[tflite-runtime]")
     assert (target / "tflite_runtime").is_dir()
-    old = Sdk({target: "/sdk"}, {"PYTHONPATH": "/sdk"})
-    compare(here, repeated(pi, old, *made), {"tflite"})
+    there = repeated(pi, Sdk({target: "/sdk"}, {"PYTHONPATH": "/sdk"}), *made)
+    outputs = [name for name in here if name.startswith("run/tflite/")]
+    for name in outputs:
+        one, other = here[name].ravel(), there[name].ravel()
+        cosine = float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+        print(f"\ntflite-runtime: {made[0].parent.name} {name}: cosine {cosine:.4f}")
+        assert cosine >= COSINE, name
+    exact = {name: value for name, value in here.items() if not name.startswith("run/")}
+    compare(exact, {name: value for name, value in there.items() if not name.startswith("run/")}, set())
 
 
 def test_the_comparison_can_fail(made: tuple[Path, Path]) -> None:
