@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup setup-dev setup-builder demo test test-devices check bench lock clean
+.PHONY: setup setup-dev setup-builder demo test test-devices test-board-boot check bench lock clean
 
 setup: .venv/.run
 
@@ -16,6 +16,10 @@ test: setup-dev setup-builder
 # Emulated boards (docs/boards.md): root, Debian or Ubuntu.
 test-devices: setup-dev
 	$(BIN)/python -m pytest devices/tests -s --timeout 1800 $(ARGS)
+
+# A whole emulated machine with systemd; slower.
+test-board-boot: setup-dev
+	$(BIN)/python -m pytest devices/tests/boot.py -s --timeout 3600 $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 #!/bin/sh
 # Fetches what an emulated arm64 board is made of: the emulator, a Debian root, aarch64 wheels. Each part once.
-# usage: prepare.sh CACHE      (root; Debian 12 or newer, or Ubuntu with debian-archive-keyring)
+# usage: prepare.sh CACHE [machine]      (root; Debian 12 or newer, or Ubuntu with debian-archive-keyring)
+# With `machine` also what boots: a root with systemd, a kernel, and the emulator of a whole machine.
 set -eu
-cache=$(realpath -m "${1:?usage: prepare.sh CACHE}")
+cache=$(realpath -m "${1:?usage: prepare.sh CACHE [machine]}")
+machine=${2:-}
 project=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
 pip="$python -m pip --disable-pip-version-check --quiet"
@@ -56,6 +58,50 @@ root() { # root DIRECTORY PACKAGES
     mv "$1.part" "$1"
 }
 
+# Debian's kernel for virtual machines; its disk and network drivers are modules, so it needs an initrd.
+kernel() {
+    need cpio cpio
+    need depmod kmod
+    rm -rf "$cache/kernel.part"
+    # shellcheck disable=SC2046
+    mmdebstrap --quiet --architectures=arm64 --variant=extract --keyring="$keyring" \
+        --include=linux-image-cloud-arm64,busybox-static bookworm "$cache/kernel.part" $(debian_mirror)
+    rm -rf "$cache/kernel.part/dev"
+    depmod -b "$cache/kernel.part" "$(ls "$cache/kernel.part/lib/modules")"
+    mv "$cache/kernel.part" "$cache/kernel"
+}
+
+initrd() { # initrd MODULE...: loads them with what they depend on, then goes over to /dev/vda
+    modules=$(echo "$cache"/kernel/lib/modules/*)
+    work=$(mktemp -d)
+    mkdir -p "$work/bin" "$work/modules" "$work/proc" "$work/sys" "$work/dev" "$work/root"
+    cp "$cache/kernel/bin/busybox" "$work/bin/busybox"
+    for name; do
+        file=$(cd "$modules" && find . -name "$name.ko*" | sed 's|^\./||' | head -n 1)
+        [ -n "$file" ] || continue # built in
+        # What is needed first stands last in modules.dep.
+        for each in $(sed -n "s|^$file: *||p" "$modules/modules.dep" | tr ' ' '\n' | tac) "$file"; do
+            [ -e "$work/modules/$(basename "$each")" ] || basename "$each" >>"$work/order"
+            cp "$modules/$each" "$work/modules/"
+        done
+    done
+    cat >"$work/init" <<'INIT'
+#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+while read -r module; do /bin/busybox insmod "/modules/$module"; done </order
+while [ ! -b /dev/vda ]; do /bin/busybox sleep 0.1; done
+/bin/busybox mount -t ext4 /dev/vda /root
+for each in dev proc sys; do /bin/busybox mount --move /$each /root/$each; done
+exec /bin/busybox switch_root /root /lib/systemd/systemd
+INIT
+    chmod +x "$work/init"
+    (cd "$work" && find . | cpio --quiet -o -H newc | gzip -1) >"$cache/initrd.gz.part"
+    mv "$cache/initrd.gz.part" "$cache/initrd.gz"
+    rm -r "$work"
+}
+
 # Binary wheels alone, as a board without a compiler gets them.
 wheels() {
     rm -rf "$cache/wheels.part"
@@ -75,8 +121,15 @@ wheels() {
 }
 
 [ -x "$cache/qemu-aarch64" ] || emulator
-[ -d "$cache/root" ] || root "$cache/root" \
-    python3,python3-venv,libstdc++6,libgomp1,dash,coreutils,sed,grep,login,passwd,util-linux,findutils
+packages=python3,python3-venv,libstdc++6,libgomp1,dash,coreutils,sed,grep,login,passwd,util-linux,findutils
+[ -d "$cache/root" ] || root "$cache/root" "$packages"
+if [ -n "$machine" ]; then
+    need qemu-system-aarch64 qemu-system-arm
+    need mke2fs e2fsprogs
+    [ -d "$cache/machine" ] || root "$cache/machine" "$packages,systemd,systemd-sysv,mount"
+    [ -d "$cache/kernel" ] || kernel
+    [ -e "$cache/initrd.gz" ] || initrd virtio_mmio virtio_blk ext4
+fi
 # Anew whenever a dependency has changed, or what is done here with them.
 made_of=$(sed -n '/^dependencies = /,/^\[project.scripts\]/p' "$project/pyproject.toml" && sed -n '/^wheels()/,/^}/p' "$0")
 wheels=$cache/wheels-$(echo "$made_of" | sha256sum | cut -c1-12)
