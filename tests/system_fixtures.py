@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kinflow import idx
-from kinflow.family import INPUT, MANIFEST, Family, Member
+from kinflow.bundle import MANIFEST
+from kinflow.family import INPUT, Family, Member
 
 LOOPBACK = "127.0.0.1"
 FASHION = Path(__file__).resolve().parents[1] / "families/fashion"

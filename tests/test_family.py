@@ -18,8 +18,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from kinflow.bundle import MANIFEST, MAX_MANIFEST_BYTES
 from kinflow.errors import BackendError, BundleError, FamilyMismatch
-from kinflow.family import INPUT, MANIFEST, MAX_MANIFEST_BYTES, Family
+from kinflow.family import INPUT, Family
 
 Document = dict[str, Any]
 GRAPH = "trunk0.onnx"

@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kinflow import settings
+from kinflow.bundle import MANIFEST
 from kinflow.cli.app import app
 from kinflow.errors import BundleError, SettingsError
-from kinflow.family import MANIFEST, Family
+from kinflow.family import Family
 from kinflow.identity import Identity
 from kinflow.signing import SIGNATURE, TrustedKeys
 

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from authority import TestAuthority
 from brokers import KINDS
 from kinflow import Device, topics
+from kinflow.bundle import MANIFEST
 from kinflow.cli.app import app
 from kinflow.errors import BundleError, LinkError, ServerFailed, SettingsError
-from kinflow.family import MANIFEST, Family
+from kinflow.family import Family
 from kinflow.mqtt import BrokerAddress
 from kinflow.pull import Pulled, Wanted, pull, version_order
 from kinflow.settings import BrokerSettings, DeviceSettings, ServerSettings, TlsSettings

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kinflow.bundle import MANIFEST
 from kinflow.confidence import read
-from kinflow.family import MANIFEST, Family
+from kinflow.family import Family
 from kinflow.preprocess import Preprocessor
 
 Images = npt.NDArray[np.uint8]

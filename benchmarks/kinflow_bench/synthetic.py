@@ -12,8 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kinflow import manifest
+from kinflow.bundle import MANIFEST
 from kinflow.codec import table_from_counts
-from kinflow.family import MANIFEST
 
 CLASSES = 10
 CODEC = "q8"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from kinflow.family import MANIFEST, Family
+from kinflow.bundle import MANIFEST
+from kinflow.family import Family
 from kinflow.manifest import File, Manifest
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import msgspec
 
+from kinflow.bundle import MANIFEST
 from kinflow.confidence import probabilities
 from kinflow.errors import InputError, SettingsError
-from kinflow.family import MANIFEST, Family
+from kinflow.family import Family
 from kinflow.manifest import Exit, Manifest
 from kinflow_builder import bundle, card, folders, measure
 from kinflow_builder.calibrate import Labels, fewest

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from kinflow import topics
+from kinflow.bundle import MANIFEST
 from kinflow.errors import BundleError, FamilyMismatch, FrameError, KinflowError, LinkError
-from kinflow.family import MANIFEST, Family
+from kinflow.family import Family
 from kinflow.frame import Buffer, pack, unpack
 from kinflow.logs import event
 from kinflow.messages import Busy, Failure, Fetch, Part

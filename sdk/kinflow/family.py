@@ -6,30 +6,24 @@ size and sha256. Graphs are opened from the verified bytes, so a file cannot cha
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import stat
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from kinflow import backends
+from kinflow.bundle import MANIFEST, MAX_MANIFEST_BYTES, decode_manifest, open_reader, read_verified
 from kinflow.codec import UniformCodec
 from kinflow.errors import BundleError, CodecError, FamilyMismatch
-from kinflow.manifest import MAX_FEATURES, BackendName, File, Manifest, Preprocess
+from kinflow.manifest import MAX_FEATURES, BackendName, Manifest, Preprocess
 from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
 from kinflow.tokens import FeatureCodec, TokenMergeCodec
 
-MANIFEST = "family.json"
 INPUT = "input"
-MAX_MANIFEST_BYTES = 1 << 20
 
 Array = npt.NDArray[np.float32]
 
@@ -60,16 +54,16 @@ class Family:
         not need on `backend` may be missing: a device that pulled its bundle has no others.
         """
         root = Path(path)
-        reader = _open_reader(root)
+        reader = open_reader(root)
         try:
             raw = reader.read(MANIFEST, MAX_MANIFEST_BYTES)
             signatures = reader.read(SIGNATURE, MAX_SIGNATURE_BYTES) if reader.has(SIGNATURE) else b""
             manifest, signed_by = read_manifest(raw, signatures, trusted, str(root))
             needed = manifest.files_of(member, backend) if member in manifest.members else manifest.files()
-            files = {file.path: _read_verified(reader, root, file) for file in needed}
+            files = {file.path: read_verified(reader, root, file) for file in needed}
             for file in manifest.files():
                 if file.path not in files and reader.has(file.path):
-                    files[file.path] = _read_verified(reader, root, file)
+                    files[file.path] = read_verified(reader, root, file)
         finally:
             reader.close()
         return cls(root, manifest, files, _open_codecs(root, manifest, files), signed_by, raw, signatures)
@@ -153,12 +147,7 @@ class Family:
 
 def read_manifest(raw: bytes, signatures: bytes, trusted: TrustedKeys, name: str) -> tuple[Manifest, str]:
     """The checked manifest and the trusted key that signed it, if any are asked for. Raises BundleError."""
-    # Before anything of it is read: a stranger's bytes get no further than this.
-    signed_by = trusted.check(raw, signatures, name) if trusted.keys else ""
-    try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise BundleError(f"{name}/{MANIFEST}: {exc}") from exc
+    manifest, signed_by = decode_manifest(raw, signatures, trusted, name, Manifest)
     _check_references(name, manifest)
     return manifest, signed_by
 
@@ -205,87 +194,6 @@ class Member:
         assert logits is not None  # _check_references: a member ends at an exit
         assert last.exit is not None
         return Output(features, last.split, logits, last.exit)
-
-
-class _FolderReader:
-    def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
-
-    def read(self, name: str, limit: int) -> bytes:
-        try:
-            path = (self._root / name).resolve()
-            if not path.is_relative_to(self._root):
-                raise BundleError(f"{self._root}: the file {name!r} is outside the bundle")
-            found = path.stat()
-            # Reading a pipe or a device could wait for ever.
-            if not stat.S_ISREG(found.st_mode):
-                raise BundleError(f"{path} is not a regular file")
-            if found.st_size > limit:
-                raise BundleError(f"{path} has {found.st_size} bytes, at most {limit} are expected")
-            return path.read_bytes()
-        except OSError as exc:
-            raise BundleError(f"{path}: {exc.strerror}: is this the folder of a bundle?") from exc
-        except (ValueError, RuntimeError) as exc:  # a NUL in the name, links in a circle
-            raise BundleError(f"{self._root}: cannot read {name!r}: {exc}") from exc
-
-    def has(self, name: str) -> bool:
-        return os.path.exists(self._root / name)
-
-    def close(self) -> None:
-        pass
-
-
-class _ZipReader:
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        try:
-            self._zip = zipfile.ZipFile(root)
-        except Exception as exc:  # zipfile lets through what its parts raise: zlib.error, EOFError, …
-            raise BundleError(f"{root} is neither the folder of a bundle nor a .zip of one: {exc}") from exc
-
-    def read(self, name: str, limit: int) -> bytes:
-        try:
-            with self._zip.open(name) as stream:
-                data = stream.read(limit + 1)
-        except Exception as exc:  # as above
-            raise BundleError(f"{self._root}: cannot read {name!r}: {exc}") from exc
-        if len(data) > limit:
-            raise BundleError(f"{self._root}: {name!r} has more than the {limit} bytes expected")
-        return data
-
-    def has(self, name: str) -> bool:
-        return name in self._zip.namelist()
-
-    def close(self) -> None:
-        self._zip.close()
-
-
-def _open_reader(root: Path) -> _FolderReader | _ZipReader:
-    if os.path.isdir(root):
-        return _FolderReader(root)
-    # Not Path.is_file(), which raises on names that the system refuses.
-    if os.path.isfile(root):
-        return _ZipReader(root)
-    raise BundleError(f"{root} does not exist: give the folder or the .zip of a bundle")
-
-
-def safe_path(root: str, path: str) -> PurePosixPath:
-    """`path` of a manifest, which may not leave the bundle's folder. Raises BundleError."""
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in path:
-        raise BundleError(f"{root}: the file {path!r} is outside the bundle")
-    return parts
-
-
-def _read_verified(reader: _FolderReader | _ZipReader, root: Path, file: File) -> bytes:
-    safe_path(str(root), file.path)
-    data = reader.read(file.path, file.bytes)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != file.sha256:
-        raise BundleError(
-            f"{root}: {file.path} has sha256 {digest[:12]}…, the manifest says {file.sha256[:12]}…: fetch it again"
-        )
-    return data
 
 
 def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dict[tuple[str, str], FeatureCodec]:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import msgspec
 
+from kinflow.bundle import MANIFEST, MAX_MANIFEST_BYTES, safe_path
 from kinflow.errors import BundleError, SettingsError
-from kinflow.family import MANIFEST, MAX_MANIFEST_BYTES, Family, read_manifest, safe_path
+from kinflow.family import Family, read_manifest
 from kinflow.files import write_whole
 from kinflow.manifest import BackendName, File, Manifest
 from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from kinflow.bundle import MANIFEST
 from kinflow.cli.passphrase import PassphraseFile, ask_passphrase
 from kinflow.errors import BundleError, SettingsError
-from kinflow.family import MANIFEST, Family
+from kinflow.family import Family
 from kinflow.files import write_whole
 from kinflow.manifest import BackendName
 from kinflow.signing import SIGNATURE, SigningKey, TrustedKeys

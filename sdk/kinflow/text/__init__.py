@@ -1,0 +1,1 @@
+"""Language models across device, edge and cloud: the device drafts, the tiers above verify."""
