@@ -25,6 +25,7 @@ from kinflow.frame import (
 )
 from kinflow.messages import (
     MAX_DEADLINE_MS,
+    MAX_DRAFTS,
     Busy,
     Cancel,
     Echo,
@@ -35,9 +36,12 @@ from kinflow.messages import (
     NodeStatus,
     Part,
     Probe,
+    Release,
     Reply,
     Request,
     Served,
+    Verdict,
+    Verify,
 )
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
@@ -58,6 +62,39 @@ replies = st.builds(
     reason=text,
     hops=st.lists(hops, max_size=2),
 )
+positions = st.integers(0, 2**24)
+verifies = st.builds(
+    Verify,
+    ids,
+    *[names] * 5,
+    session=ids,
+    start=positions,
+    confirmed=st.integers(1, 2**24),
+    count=st.integers(1, 2**24),
+    exit=names,
+    exact=st.booleans(),
+    temperature=st.floats(0, 100),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 2**63 - 1),
+    deadline_ms=st.floats(0, MAX_DEADLINE_MS),
+)
+verdicts = st.builds(
+    Verdict,
+    ids,
+    st.integers(0, MAX_DRAFTS),
+    st.integers(0, 2**32 - 1),
+    st.lists(st.floats(0, 1), max_size=4),
+    tiers,
+    names,
+    names,
+    redone=positions,
+    degraded=st.booleans(),
+    reason=text,
+    hops=st.lists(hops, max_size=2),
+    layer_tokens=st.integers(0, 2**40),
+    passes=positions,
+)
+releases = st.builds(Release, ids, names, ids)
 busies = st.builds(Busy, ids, names, times)
 failures = st.builds(Failure, ids, names, text.map(lambda value: value[:32]), text)
 cancels = st.builds(Cancel, ids, names)
@@ -83,6 +120,9 @@ statuses = st.builds(
 STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     Request: requests,
     Reply: replies,
+    Verify: verifies,
+    Verdict: verdicts,
+    Release: releases,
     Busy: busies,
     Failure: failures,
     Cancel: cancels,

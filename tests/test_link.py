@@ -25,7 +25,19 @@ from kinflow.errors import (
 )
 from kinflow.frame import MAX_PAYLOAD_BYTES, pack, unpack
 from kinflow.link import Answered, Link
-from kinflow.messages import Busy, Cancel, Echo, Failure, NodeStatus, Probe, Reply, Request
+from kinflow.messages import (
+    Busy,
+    Cancel,
+    Echo,
+    Failure,
+    NodeStatus,
+    Probe,
+    Release,
+    Reply,
+    Request,
+    Verdict,
+    Verify,
+)
 from kinflow.mqtt import BrokerAddress, Connection
 
 TOPIC = topics.request("edge", "fam", "s1", "any")
@@ -126,6 +138,43 @@ def test_a_reply_comes_back_with_its_cost(broker: TestBroker, link: Link) -> Non
     assert answered.bytes_down == len(pack(answered.reply))
     assert 0 < answered.round_trip_s < 5
     assert answered.attempts == 1
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["verdict", "reply"])
+def test_a_verification_takes_a_verdict_alone(broker: TestBroker, link: Link, right: bool) -> None:
+    """Its answer comes back like a reply; a Reply to it is dropped. A release just goes out."""
+    topic = topics.request_to("node-1", "lm", "s1", link.client)
+    came: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    server = Connection(
+        broker.address,
+        f"srv-{os.urandom(4).hex()}",
+        on_message=lambda _topic, data: came.put(bytes(data)),
+        subscriptions=[topics.request_to("node-1", "lm", "s1", "+")],
+    )
+    server.start()
+    try:
+        assert server.wait_connected(10)
+        session = os.urandom(16)
+        verify = Verify(
+            os.urandom(16), link.client, "lm", "1", "s1", "int8", session, 0, 3, 4, "cloud", False, 0.0, 1.0, 0, 900.0
+        )
+        future = link.verify(topic, verify, b"abc")
+        assert unpack(came.get(timeout=10)) == (verify, b"abc")
+        verdict = Verdict(verify.id, 1, 17, [0.5, 0.25], "cloud", "cloud", "node-1")
+        reply = Reply(id=verify.id, label=0, confidence=0.5, tier="cloud", exit="cloud")
+        server.publish(topics.reply(link.client), pack(verdict if right else reply))
+        if right:
+            assert future.result().reply == verdict
+        else:
+            with pytest.raises(LinkTimeout):
+                future.result()
+            assert link.counters.malformed == 1
+        link.release(topic, session)
+        while not isinstance(release := unpack(came.get(timeout=10)).message, Release):
+            assert release.id == verify.id  # a repeat
+        assert (release.client, release.session) == (link.client, session)
+    finally:
+        server.close()
 
 
 def test_replies_in_any_order_find_their_requests(broker: TestBroker, link: Link) -> None:

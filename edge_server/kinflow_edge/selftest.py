@@ -17,7 +17,7 @@ from kinflow import topics
 from kinflow.address import BrokerAddress
 from kinflow.errors import LinkError, ServerBusy
 from kinflow.link import Answered, Link
-from kinflow.messages import Request
+from kinflow.messages import Reply, Request
 from kinflow.tls import Credentials
 from kinflow_edge.model import ServedFamily
 
@@ -44,7 +44,7 @@ class SelfTest:
         self._link = Link(address, client if tls is None else f"test-{os.urandom(6).hex()}", tls=tls)
         self._next = 0
         self._at_s = 0.0
-        self._pending: Future[Answered] | None = None
+        self._pending: Future[Answered[Reply]] | None = None
         self._failures = 0
         self._error = "no test inference has succeeded yet"
 
@@ -80,7 +80,7 @@ class SelfTest:
             self._failures += 1
             self._error = f"its own test inference fails: {error}"
 
-    def _send(self) -> Future[Answered]:
+    def _send(self) -> Future[Answered[Reply]]:
         zeros, payload = self._tests[self._next % len(self._tests)]
         self._next += 1
         request = msgspec.structs.replace(zeros, id=os.urandom(16), client=self._link.client)

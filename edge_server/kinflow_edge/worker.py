@@ -259,7 +259,7 @@ class Worker:
         resort.add_done_callback(partial(self._relay, mine))
         resort.watch()
 
-    def _relay(self, mine: Computed, done: Future[Answered]) -> None:
+    def _relay(self, mine: Computed, done: Future[Answered[Reply]]) -> None:
         """The tier above answered, or did not: runs on the upstream link's thread."""
         request = mine.job.request
         if self._escalated.pop((request.client, request.id), None) is None:

@@ -22,6 +22,7 @@ from kinflow.family import Family
 from kinflow.link import Answered
 from kinflow.logs import event
 from kinflow.manifest import Certificate
+from kinflow.messages import Reply
 from kinflow.policy import NoRoute, Offload, Rate
 from kinflow.uplink import Uplink
 
@@ -108,7 +109,7 @@ class Auditor:
         offload = Offload(routes[0], routes[0].rates[0].codec, "audit")
         try:
             payload = self._family.codec(self._split, offload.codec).encode(features)
-            answered: Answered = self._uplink.request(offload, os.urandom(16), payload, TIMEOUT_S).result()
+            answered: Answered[Reply] = self._uplink.request(offload, os.urandom(16), payload, TIMEOUT_S).result()
         except (CodecError, LinkError) as exc:
             event(log, logging.DEBUG, "not audited", error=str(exc))
             return

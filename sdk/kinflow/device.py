@@ -29,7 +29,7 @@ from kinflow.errors import CodecError, LinkError, LinkTimeout, SettingsError
 from kinflow.family import Family, Output
 from kinflow.link import Answered
 from kinflow.logs import event
-from kinflow.messages import MAX_DEADLINE_MS
+from kinflow.messages import MAX_DEADLINE_MS, Reply
 from kinflow.policy import Keep, NoRoute, Offload, Route, Strain, decide, raise_threshold, rates
 from kinflow.preprocess import Preprocessor
 from kinflow.resort import Resort
@@ -289,7 +289,7 @@ class Device:
             codec=sent.codec,
         )
 
-    def _result(self, resort: Resort, remaining_s: float) -> Answered:
+    def _result(self, resort: Resort, remaining_s: float) -> Answered[Reply]:
         try:
             answered = resort.result(remaining_s)
         except (FutureTimeoutError, CancelledError) as exc:

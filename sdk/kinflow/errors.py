@@ -9,6 +9,8 @@ KinflowError
 ├── FrameError           bytes that are not a kinflow frame
 ├── CodecError           coded features that do not decode
 ├── FamilyMismatch       family, version, split or codec differ between the two sides
+├── SessionLost          a server does not hold (any more) what a session builds on
+├── SessionLimit         a server holds as many sessions, or positions of one, as it may
 ├── BrokerError          no MQTT broker could be started or reached
 ├── DiscoveryError       zeroconf does not work on this machine, or an advert cannot be made
 └── LinkError            nothing came back
@@ -60,6 +62,14 @@ class CodecError(KinflowError):
 
 class FamilyMismatch(KinflowError):
     code = "mismatch"
+
+
+class SessionLost(KinflowError):
+    code = "session-lost"
+
+
+class SessionLimit(KinflowError):
+    code = "session-limit"
 
 
 class BrokerError(KinflowError):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -31,7 +31,20 @@ from kinflow.errors import (
     SettingsError,
 )
 from kinflow.frame import Buffer, parts, unpack
-from kinflow.messages import Busy, Cancel, Echo, Failure, NodeStatus, Part, Probe, Reply, Request
+from kinflow.messages import (
+    Busy,
+    Cancel,
+    Echo,
+    Failure,
+    NodeStatus,
+    Part,
+    Probe,
+    Release,
+    Reply,
+    Request,
+    Verdict,
+    Verify,
+)
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.tls import Credentials
 
@@ -42,10 +55,13 @@ MAX_IN_FLIGHT = 256
 MAX_NODES = 256
 
 
-class Answered(msgspec.Struct, frozen=True):
-    """A reply and what it cost."""
+R = TypeVar("R", Reply, Verdict)
 
-    reply: Reply
+
+class Answered(msgspec.Struct, Generic[R], frozen=True):
+    """A reply, or a verdict, and what it cost."""
+
+    reply: R
     bytes_up: int
     """Whole MQTT payloads sent, of all attempts."""
     bytes_down: int
@@ -70,7 +86,7 @@ class LinkCounters:
     """What happened since the start."""
 
     answered: int = 0
-    """Requests that got a Reply, Busy or Failure, and probes that got their Echo."""
+    """Requests that got a Reply, Verdict, Busy or Failure, and probes that got their Echo."""
     timed_out: int = 0
     retried: int = 0
     """Attempts after a request's first."""
@@ -84,7 +100,13 @@ class _Awaited(Future[Any]):
     """A request in flight. Whoever waits for it reads the socket meanwhile: a reply switches no threads."""
 
     def __init__(
-        self, link: Link, topic: str, request: Request | Probe, payload: Buffer, timeout_s: float, repeat_after_s: float
+        self,
+        link: Link,
+        topic: str,
+        request: Request | Verify | Probe,
+        payload: Buffer,
+        timeout_s: float,
+        repeat_after_s: float,
     ) -> None:
         super().__init__()
         self._link = link
@@ -212,7 +234,7 @@ class Link:
 
     def request(
         self, topic: str, request: Request, payload: Buffer, *, repeat_after_s: float = 0.0
-    ) -> Future[Answered]:
+    ) -> Future[Answered[Reply]]:
         """Publish, and finish the future when the reply comes or `request.deadline_ms` has passed.
 
         The future ends with Answered, LinkTimeout, LinkLost (also at once, when not connected), ServerBusy,
@@ -222,6 +244,19 @@ class Link:
         foreign `client`.
         """
         return self._send(_Awaited(self, topic, request, payload, request.deadline_ms / 1e3, repeat_after_s))
+
+    def verify(
+        self, topic: str, verify: Verify, payload: Buffer, *, repeat_after_s: float = 0.0
+    ) -> Future[Answered[Verdict]]:
+        """As `request`, for a step of a session."""
+        return self._send(_Awaited(self, topic, verify, payload, verify.deadline_ms / 1e3, repeat_after_s))
+
+    def release(self, topic: str, session: bytes) -> None:
+        """Tell a server that a session has ended. One that does not hear of it forgets the session when it idles."""
+        try:
+            self.connection.publish(topic, *parts(Release(os.urandom(16), self.client, session), b""))
+        except LinkError as exc:
+            log.debug("session %s: not released at its server: %s", session.hex(), exc)
 
     def probe(self, topic: str, size_bytes: int, timeout_s: float) -> Future[Echoed]:
         """Ask the node that listens on `topic` for an echo, with a payload of `size_bytes`. Ends as a request does."""
@@ -349,15 +384,18 @@ class Link:
         message = unpack(data).message
         if isinstance(message, Part):
             return  # `kinflow pull` runs under this identity too
-        if not isinstance(message, (Reply, Busy, Failure, Echo)):
+        if not isinstance(message, (Reply, Verdict, Busy, Failure, Echo)):
             raise FrameError(f"a {type(message).__name__} does not belong here")
+        future = self._waiting.get(message.id)
+        if future is not None and isinstance(message, Reply if isinstance(future.request, Verify) else Verdict):
+            raise FrameError(f"a {type(message).__name__} does not answer a {type(future.request).__name__}")
         future = self._forget(message.id)
         if future is None:
             self._counters.unexpected += 1
             log.debug("request %s: late, duplicate or foreign reply dropped", message.id.hex())
             return
         self._counters.answered += 1
-        if isinstance(message, Reply):
+        if isinstance(message, (Reply, Verdict)):
             future.set_result(Answered(message, future.bytes_up, len(data), now_s - future.sent_s, future.attempts))
         elif isinstance(message, Echo):
             future.set_result(Echoed(message, future.bytes_up, now_s - future.sent_s))

@@ -19,6 +19,11 @@ Text = Annotated[str, msgspec.Meta(max_length=512)]
 # Bounded: an infinite time would pass through every comparison and break timers.
 NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 MAX_DEADLINE_MS = 3_600_000
+# A verification of more drafts than this would be computed for nothing: not even a sure device is right so often.
+MAX_DRAFTS = 256
+SessionId = RequestId
+Position = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Hop(msgspec.Struct, frozen=True, array_like=True):
@@ -60,6 +65,75 @@ class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
     reason: Text = ""
     hops: list[Hop] = []
     """The servers that worked on it, nearest first."""
+
+
+class Verify(msgspec.Struct, frozen=True, tag="verify", array_like=True):
+    """Append these positions to a session, and say which of the drafted tokens stand and what comes after them.
+
+    The payload holds `count` token ids, uint32 little-endian, those of the positions from `start` on, then, unless the
+    codec is `ids`, the features of the same positions. start <= confirmed <= start + count.
+    """
+
+    id: RequestId
+    client: Name
+    family: Name
+    version: Name
+    split: Name
+    """Where the features were taken; `ids`: there are none, the server computes all layers."""
+    codec: Name
+    session: SessionId
+    """The client's own name for a generation: the server keeps its attention cache."""
+    start: Position
+    """What the session has from here on is cropped first; 0 opens it."""
+    confirmed: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    """Tokens of positions from here on are drafts."""
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    exit: Name
+    """Whose token is wanted."""
+    exact: bool
+    """Redo from token ids what the coding of the features could have decided."""
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)]
+    """0: the most probable token."""
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    """Of the noise that device and servers share."""
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_MS)]
+    """What is left of the deadline when this was sent."""
+
+
+class Verdict(msgspec.Struct, frozen=True, tag="verdict", array_like=True):
+    """What became of the drafts of one Verify. The payload is empty."""
+
+    id: RequestId
+    accepted: Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFTS)]
+    """Drafts that stand, from the first one on. The session holds what was confirmed and these."""
+    token: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    """The server's own token after them; the session does not hold it yet."""
+    probabilities: Annotated[list[Probability], msgspec.Meta(max_length=MAX_DRAFTS + 1)]
+    """The server's, of the accepted drafts and of `token`."""
+    tier: Tier
+    exit: Name
+    node: Name
+    redone: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Positions decided from token ids."""
+    degraded: bool = False
+    """True when another exit than the one asked for decided; `reason` says why."""
+    reason: Text = ""
+    hops: list[Hop] = []
+    """The servers that worked on it, nearest first."""
+    layer_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Layers times positions that all of them computed for it."""
+    passes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Forward passes of all of them; one that was shared with others counts whole."""
+
+
+class Release(msgspec.Struct, frozen=True, tag="release", array_like=True):
+    """A generation has ended: forget its session. Not answered."""
+
+    id: RequestId
+    client: Name
+    """Whose session it is: nobody else may release it."""
+    session: SessionId
 
 
 class Busy(msgspec.Struct, frozen=True, tag="busy", array_like=True):
@@ -152,4 +226,6 @@ class NodeStatus(msgspec.Struct, frozen=True, tag="status", array_like=True):
     """It can be reached beyond loopback without TLS."""
 
 
-Message = Request | Reply | Busy | Failure | Cancel | Probe | Echo | NodeStatus | Fetch | Part
+Message = (
+    Request | Reply | Verify | Verdict | Release | Busy | Failure | Cancel | Probe | Echo | NodeStatus | Fetch | Part
+)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from kinflow.breaker import Breaker
-from kinflow.errors import LinkTimeout, RequestCancelled, ServerBusy, ServerFailed
+from kinflow.errors import LinkTimeout, RequestCancelled, ServerBusy, ServerFailed, SessionLimit, SessionLost
 from kinflow.estimate import Estimator, LinkEstimate
 from kinflow.frame import Buffer
-from kinflow.link import Answered, Echoed, Link
-from kinflow.messages import NodeStatus, Request
+from kinflow.link import Answered, Echoed, Link, R
+from kinflow.messages import NodeStatus, Reply, Request, Verdict, Verify
 from kinflow.policy import HEADER_BYTES
 
 PROBE_TIMEOUT_S = 1.0
@@ -26,6 +26,7 @@ PROBE_TIMEOUT_S = 1.0
 SILENT_S = 2.5
 # Every other probe is as large as this, so that the throughput shows.
 PROBE_BYTES = 2048
+SESSION_CODES = (SessionLost.code, SessionLimit.code)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Attempt:
 
     peer: Peer
     request_id: bytes
-    future: Future[Answered]
+    future: Future[Answered[Reply]]
     late_s: float
     """When 19 of 20 replies would be here (time.monotonic())."""
 
@@ -84,6 +85,15 @@ class Peer:
         future.add_done_callback(partial(self._learn, sent_s, size_bytes, late_s))
         return Attempt(self, request.id, future, sent_s + late_s)
 
+    def verify(self, topic: str, verify: Verify, payload: Buffer) -> Future[Answered[Verdict]]:
+        """Link.verify, and learn from how it ends."""
+        size_bytes = len(payload) + HEADER_BYTES
+        late_s = self.estimate.late_s(size_bytes)
+        sent_s = time.monotonic()
+        future = self.link.verify(topic, verify, payload, repeat_after_s=late_s)
+        future.add_done_callback(partial(self._learn, sent_s, size_bytes, late_s))
+        return future
+
     def probe_if_due(self, topic: str, now_s: float, idle_s: float) -> None:
         """When it is half-open, or was not heard of for `idle_s`; one probe at a time."""
         state = self.breaker.state(now_s)
@@ -93,7 +103,7 @@ class Peer:
         self._probe = self.link.probe(topic, PROBE_BYTES * (self._probes % 2), PROBE_TIMEOUT_S)
         self._probe.add_done_callback(self._learn_from_probe)
 
-    def _learn(self, sent_s: float, size_bytes: int, late_s: float, future: Future[Answered]) -> None:
+    def _learn(self, sent_s: float, size_bytes: int, late_s: float, future: Future[Answered[R]]) -> None:
         now_s = time.monotonic()
         error = future.exception()
         with self._lock:
@@ -108,7 +118,10 @@ class Peer:
                 self._estimator.reported(error.queue_ms / 1e3)
                 self._succeeded(now_s)
             elif isinstance(error, ServerFailed):
-                self._failed(now_s)
+                if error.failure_code in SESSION_CODES:
+                    self._succeeded(now_s)  # nothing is wrong with the node
+                else:
+                    self._failed(now_s)
             elif isinstance(error, (LinkTimeout, RequestCancelled)) and now_s - sent_s >= late_s:
                 # One that had less time than its usual ones take has not failed.
                 self._estimator.unanswered(size_bytes, now_s - sent_s)

@@ -16,13 +16,14 @@ from functools import partial
 
 from kinflow.errors import LinkLost
 from kinflow.link import Answered
+from kinflow.messages import Reply
 from kinflow.peer import Attempt
 
 # Several nodes were asked, or another thread reads the socket: how long to wait before looking around.
 SLICE_S = 0.05
 
 
-class Resort(Future[Answered]):
+class Resort(Future[Answered[Reply]]):
     """`ask(nodes)` asks the best node that is none of `nodes` and can still make it; None when there is none.
 
     Ends as Link.request does, with the last node's error when none of them answered.
@@ -46,7 +47,7 @@ class Resort(Future[Answered]):
         self._ask_next()
         return self
 
-    def result(self, timeout: float | None = None) -> Answered:
+    def result(self, timeout: float | None = None) -> Answered[Reply]:
         return super().result(self._wait(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -111,7 +112,7 @@ class Resort(Future[Answered]):
         attempt.future.add_done_callback(partial(self._on_end, attempt))
         return True
 
-    def _on_end(self, attempt: Attempt, future: Future[Answered]) -> None:
+    def _on_end(self, attempt: Attempt, future: Future[Answered[Reply]]) -> None:
         error = future.exception()
         if error is None:
             self._end(future.result())
@@ -125,7 +126,7 @@ class Resort(Future[Answered]):
         if not under_way and not self._ask_next():
             self._end(None)
 
-    def _end(self, answered: Answered | None) -> None:
+    def _end(self, answered: Answered[Reply] | None) -> None:
         with self._lock:
             if self._over:
                 return

@@ -192,6 +192,11 @@ class Uplink:
             return f"no server at {address}" if link.connected else f"no connection to {address}"
         return self._nothing_found
 
+    def peer(self, node: str) -> Peer | None:
+        """The node of that name, while it is there: a session stays with the server that holds its cache."""
+        peer = self._peers.get(node)
+        return peer if peer is not None and peer.status is not None else None
+
     # The uplink's thread
 
     def _poke(self) -> None:

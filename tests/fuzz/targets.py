@@ -115,7 +115,20 @@ def seeds(target: str) -> list[bytes]:
     """A few valid inputs to begin with."""
     from pathlib import Path
 
-    from kinflow.messages import Busy, Failure, Fetch, Hop, NodeStatus, Part, Reply, Request, Served
+    from kinflow.messages import (
+        Busy,
+        Failure,
+        Fetch,
+        Hop,
+        NodeStatus,
+        Part,
+        Release,
+        Reply,
+        Request,
+        Served,
+        Verdict,
+        Verify,
+    )
 
     identity = bytes(range(16))
     every = [
@@ -126,6 +139,9 @@ def seeds(target: str) -> list[bytes]:
         NodeStatus("n", "edge", "ready", "0", [Served("fashion", "1", {"s1": ["q"]})]),
         Fetch(identity, "cam-1", "fashion", "family.json", 0, 1000),
         Part(identity, "n", 1000),
+        Verify(identity, "cam-1", "lm", "1.0.0", "s1", "int8", identity, 7, 8, 4, "cloud", False, 0.7, 0.9, 5, 250.0),
+        Verdict(identity, 1, 17, [0.5, 0.25], "cloud", "cloud", "n", 0, True, "why", [], 12, 1),
+        Release(identity, "cam-1", identity),
     ]
     whole = [frame.pack(message, b"features") for message in every]
     manifest = Path(__file__).resolve().parents[2] / "families/fashion/bundle/family.json"
