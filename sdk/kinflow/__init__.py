@@ -18,6 +18,7 @@ from kinflow.errors import (
 from kinflow.family import Family
 from kinflow.images import read_image
 from kinflow.settings import DeviceSettings
+from kinflow.text.device import TextDevice
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "KinflowError",
     "LinkError",
     "SettingsError",
+    "TextDevice",
     "Timings",
     "__version__",
     "read_image",

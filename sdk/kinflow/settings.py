@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -82,6 +82,20 @@ class ServiceSettings(_Settings, frozen=True):
     mqtt: Annotated[MqttSettings, _doc("Answers by MQTT.")] = MqttSettings()
 
 
+class TextSettings(_Settings, frozen=True):
+    """Language models: `kinflow chat`, `generate` and `serve`."""
+
+    mode: Annotated[Literal["family", "exact", "confident", "local"], _doc("Whose text it is: docs/generation.md.")] = (
+        "family"
+    )
+    max_tokens: Annotated[int, _doc("Longest text where nothing else is asked for, tokens.", ge=1, le=32768)] = 512
+    max_drafts: Annotated[int, _doc("Most drafts in one verification; 0: none.", ge=0, le=64)] = 8
+    draft_floor: Annotated[float, _doc("A draft that stands with less than this chance is not sent.", ge=0, le=1)] = 0.5
+    verify_timeout_s: Annotated[
+        float, _doc("A server that takes longer for a few drafts is left, seconds.", gt=0, le=3600)
+    ] = 5.0
+
+
 class DeviceSettings(_Settings, frozen=True):
     """Role `device`: the SDK in an app, `kinflow run` and `kinflow device`."""
 
@@ -120,6 +134,7 @@ class DeviceSettings(_Settings, frozen=True):
         _doc("Keys of which one must have signed a bundle, as `kinflow sign` shows them; empty: any bundle is taken."),
     ] = []
     tls: Annotated[TlsSettings, _doc("Who this device is and whom it trusts.")] = TlsSettings()
+    text: Annotated[TextSettings, _doc("How text is generated.")] = TextSettings()
     service: Annotated[ServiceSettings, _doc("What `kinflow device` does.")] = ServiceSettings()
 
 

@@ -26,7 +26,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """0: the likeliest token."""
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Only the likeliest tokens that have this share together (nucleus sampling, arXiv 1904.09751)."""
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)] = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
 
 
 GREEDY = Sampling()

@@ -53,7 +53,7 @@ class SegmentRunner:
         """Raises BackendError."""
         self.name = name
         self._input = "ids" if name == "lower" else "hidden"
-        self._session = _Session(path, data, threads, {self._input, "past", "positions", "bias"}, ["hidden", "present"])
+        self._session = _Session(path, data, threads, {self._input, "past", "positions", "bias"}, ["result", "present"])
 
     def run(self, tokens: npt.NDArray[Any], caches: Sequence[Cache], counts: Sequence[int] = ()) -> Array:
         """The features of the next positions of each session, whose caches grow by them.

@@ -1,0 +1,93 @@
+"""The device's own model: its layers, branch and head, one text at a time.
+
+After the prompt it takes tokens one by one, also where several are known: then a position's features do not depend
+on what was drafted and rejected before it, and a text can be repeated bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kinflow.errors import FamilyMismatch
+from kinflow.text.family import TextFamily
+from kinflow.text.manifest import LOWER, Precision
+from kinflow.text.segment import HeadRunner, SegmentRunner
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DeviceModel:
+    """The device member's opened graphs; any number of texts share them."""
+
+    family: TextFamily
+    exit: str
+    split: str
+    lower: SegmentRunner
+    branch: SegmentRunner
+    head: HeadRunner
+
+    @classmethod
+    def open(cls, family: TextFamily, precision: Precision, threads: int) -> DeviceModel:
+        """Raises FamilyMismatch, BundleError, BackendError."""
+        exit_name, spec = next(iter(family.manifest.exits.items()))
+        if len(spec.segments) != 2 or spec.segments[0] != LOWER:
+            raise FamilyMismatch(
+                f"{family.id}: exit {exit_name!r} must be {LOWER!r} and one branch, not {spec.segments}"
+            )
+        branch = spec.segments[1]
+        return cls(
+            family,
+            exit_name,
+            family.manifest.segments[LOWER].result,
+            family.segment(LOWER, precision, threads=threads),
+            family.segment(branch, precision, threads=threads),
+            family.head(precision, threads=threads),
+        )
+
+
+class Drafter:
+    """One text: which positions the device has computed, and what it would say next."""
+
+    def __init__(self, model: DeviceModel) -> None:
+        self._model = model
+        self._lower = model.family.cache(LOWER)
+        self._branch = model.family.cache(model.branch.name)
+        self._logits: list[Array] = []
+        self._prompt = 0
+
+    @property
+    def length(self) -> int:
+        """Positions computed."""
+        return self._lower.length
+
+    def begin(self, prompt: Sequence[int]) -> Array:
+        """All of the prompt at once; its features [tokens, width]. Raises BackendError."""
+        self._prompt = len(prompt)
+        return self._run(np.array([prompt], np.int64))
+
+    def feed(self, token: int) -> Array:
+        """One more token; its features [1, width]. Raises BackendError."""
+        return self._run(np.array([[token]], np.int64))
+
+    @property
+    def logits(self) -> Array:
+        """[vocabulary], for the position after the last one."""
+        return self._logits[-1]
+
+    def crop(self, length: int) -> None:
+        """Forget positions from `length` on; the prompt stays."""
+        assert length >= self._prompt
+        self._lower.crop(length)
+        self._branch.crop(length)
+        del self._logits[length - self._prompt + 1 :]
+
+    def _run(self, ids: npt.NDArray[np.int64]) -> Array:
+        features = self._model.lower.run(ids, [self._lower])
+        normed = self._model.branch.run(features, [self._branch])
+        self._logits.append(self._model.head.run(normed[0, -1:])[0])
+        return features[0]
