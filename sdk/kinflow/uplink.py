@@ -11,11 +11,11 @@ import threading
 import time
 import zlib
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from kinflow import topics
 from kinflow.discovery import Browser
 from kinflow.errors import KinflowError, SettingsError
-from kinflow.family import Family
 from kinflow.frame import Buffer
 from kinflow.link import Link
 from kinflow.logs import event
@@ -38,12 +38,22 @@ MAX_ANNOUNCED = 6
 RETIRE_S = 10.0
 
 
+class Versioned(Protocol):
+    """What an uplink must know of a family."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+
 class Uplink:
     """Knows the servers of `tiers` that can continue `family`, and asks them in the order of resort."""
 
     def __init__(
         self,
-        family: Family,
+        family: Versioned,
         client_id: str,
         *,
         tiers: Sequence[Tier],

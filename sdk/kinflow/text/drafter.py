@@ -36,9 +36,7 @@ class DeviceModel:
         """Raises FamilyMismatch, BundleError, BackendError."""
         exit_name, spec = next(iter(family.manifest.exits.items()))
         if len(spec.segments) != 2 or spec.segments[0] != LOWER:
-            raise FamilyMismatch(
-                f"{family.id}: exit {exit_name!r} must be {LOWER!r} and one branch, not {spec.segments}"
-            )
+            raise FamilyMismatch(f"{family.id}: exit {exit_name!r} must be {LOWER!r} and a branch: {spec.segments}")
         branch = spec.segments[1]
         return cls(
             family,
@@ -90,4 +88,5 @@ class Drafter:
         features = self._model.lower.run(ids, [self._lower])
         normed = self._model.branch.run(features, [self._branch])
         self._logits.append(self._model.head.run(normed[0, -1:])[0])
-        return features[0]
+        mine: Array = features[0]
+        return mine

@@ -116,8 +116,9 @@ class Remote:
         if isinstance(routes, NoRoute):
             return routes
         left = [route for route in routes if route.node not in avoided]
-        held = [route for route in left if route.node == self._node]
-        return (held or left or [NoRoute(f"{', '.join(avoided)} did not answer, and there is no other")])[0]
+        if not left:
+            return NoRoute(f"{', '.join(avoided)} did not answer, and there is no other")
+        return next((route for route in left if route.node == self._node), left[0])
 
     def send(self, route: Route, confirmed: int) -> Sent:
         """Everything that the server does not have yet; tokens from position `confirmed` on are drafts."""
