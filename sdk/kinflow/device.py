@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
@@ -27,12 +26,12 @@ from kinflow.codec import Features
 from kinflow.confidence import Reading, read
 from kinflow.errors import CodecError, LinkError, LinkTimeout, SettingsError
 from kinflow.family import Family, Output
-from kinflow.link import Answered
+from kinflow.forwarder import Forwarder
 from kinflow.logs import event
-from kinflow.messages import MAX_DEADLINE_MS, Reply
+from kinflow.messages import MAX_DEADLINE_MS
+from kinflow.outbox import Outbox
 from kinflow.policy import Keep, NoRoute, Offload, Route, Strain, decide, raise_threshold, rates
 from kinflow.preprocess import Preprocessor
-from kinflow.resort import Resort
 from kinflow.settings import DeviceSettings
 from kinflow.signing import TrustedKeys
 from kinflow.uplink import Uplink
@@ -86,6 +85,8 @@ class Device:
         # Without a split nothing can be offloaded, whatever the strain.
         self._strain = strain if self._split is not None else None
         self._pool: ThreadPoolExecutor | None = None
+        self._outbox: Outbox | None = None
+        self._forwarder: Forwarder | None = None
         self._auditor: Auditor | None = None
         self._certificate = exit_spec.certificate
         if settings.audit_share and (exit_spec.certificate is None or self._split is None):
@@ -121,6 +122,10 @@ class Device:
                 tls=self.settings.tls,
             )
             self._uplink.start()
+            if self.settings.outbox:
+                self._outbox = Outbox(self.settings.outbox, self.settings.outbox_size)
+                self._forwarder = Forwarder(self.family, self._outbox, self._uplink)
+                self._forwarder.start()
             if self.settings.audit_share and self._certificate is not None:
                 self._auditor = Auditor(
                     self.family,
@@ -143,6 +148,10 @@ class Device:
         if self._auditor is not None:
             self._auditor.close()
             self._auditor = None
+        if self._forwarder is not None and self._outbox is not None:
+            self._forwarder.close()
+            self._outbox.close()
+            self._forwarder = self._outbox = None
         if self._uplink is not None:
             self._uplink.close()
             self._uplink = None
@@ -175,6 +184,10 @@ class Device:
         now; without it the settings' one. Raises InputError for a bad image and BackendError when the device's
         own graph fails; trouble above the device never raises, it makes a degraded answer with a reason.
         """
+        return self._infer(image, deadline_s)[0]
+
+    def _infer(self, image: Any, deadline_s: float | None) -> tuple[Answer, Output]:
+        """The answer, and what the device itself computed for it."""
         start = time.perf_counter()
         if deadline_s is None:
             deadline_s = self.settings.deadline_s
@@ -211,13 +224,43 @@ class Device:
                 bytes_up=answer.bytes_up,
                 ms=round(answer.total_ms, 2),
             )
-        return answer
+        return answer, output
 
-    def submit(self, image: Any, *, deadline_s: float | None = None) -> Future[Answer]:
-        """`infer` on a thread of the device's pool; `asyncio.wrap_future` makes it awaitable."""
+    def submit(
+        self, image: Any, *, deadline_s: float | None = None, when: Literal["now", "eventually"] = "now"
+    ) -> Future[Answer]:
+        """`infer` on a thread of the device's pool; `asyncio.wrap_future` makes it awaitable.
+
+        `when="eventually"`: where a server is wanted and none answers, the coded features wait in the settings'
+        `outbox`, on the disk, until one does; the future ends then. After a restart `collect` has the answer.
+        """
         if self._pool is None:
             raise SettingsError("the device is not open: use it in a with block")
-        return self._pool.submit(self.infer, image, deadline_s=deadline_s)
+        if when == "now":
+            return self._pool.submit(self.infer, image, deadline_s=deadline_s)
+        if self._forwarder is None:
+            raise SettingsError("submit(when='eventually') needs a file named by `outbox` in the settings, and offload")
+        future: Future[Answer] = Future()
+        self._pool.submit(self._eventually, self._forwarder, image, deadline_s, future)
+        return future
+
+    def collect(self) -> Iterator[Answer]:
+        """Answers of inputs that an earlier process submitted with `when="eventually"`; each is handed out once.
+
+        One is forgotten when the next is asked for: if the app dies in between it comes again, with the same
+        `request_id`.
+        """
+        return iter(()) if self._forwarder is None else self._forwarder.collect()
+
+    def _eventually(self, forwarder: Forwarder, image: Any, deadline_s: float | None, future: Future[Answer]) -> None:
+        try:
+            answer, output = self._infer(image, deadline_s)
+            if answer.degraded and answer.tier == "device" and output.features is not None:
+                forwarder.keep(answer, str(self._split), self._rates[0].codec, output.features[0], future)
+            else:
+                future.set_result(answer)
+        except Exception as exc:
+            future.set_exception(exc)
 
     def _routes(self) -> Sequence[Route] | NoRoute:
         if self._split is None:
@@ -263,7 +306,7 @@ class Device:
             return self._local_answer(local, late, sent._replace(bytes_up=0))
         resort = self._uplink.request(chosen, local.request_id, payload, due - at)
         try:
-            answered = self._result(resort, due - at)
+            answered = resort.answer(due - at, len(self.family.labels))
         except LinkError as exc:
             resort.abandon()
             story = f" ({resort.story})" if resort.story else ""
@@ -288,15 +331,6 @@ class Device:
             request_id=local.request_id.hex(),
             codec=sent.codec,
         )
-
-    def _result(self, resort: Resort, remaining_s: float) -> Answered[Reply]:
-        try:
-            answered = resort.result(remaining_s)
-        except (FutureTimeoutError, CancelledError) as exc:
-            raise LinkTimeout(f"no reply within {remaining_s * 1e3:.0f} ms") from exc
-        if answered.reply.label >= len(self.family.labels):
-            raise LinkError(f"a server answered with label {answered.reply.label}, the family has fewer")
-        return answered
 
 
 class _Sent(NamedTuple):

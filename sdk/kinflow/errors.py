@@ -12,6 +12,7 @@ KinflowError
 ├── SessionLost          a server does not hold (any more) what a session builds on
 ├── SessionLimit         a server holds as many sessions, or positions of one, as it may
 ├── BrokerError          no MQTT broker could be started or reached
+├── OutboxError          what is to be sent later cannot be kept: the outbox is full, or its disk
 ├── DiscoveryError       zeroconf does not work on this machine, or an advert cannot be made
 └── LinkError            nothing came back
     ├── LinkLost         there is no connection, or it broke
@@ -74,6 +75,10 @@ class SessionLimit(KinflowError):
 
 class BrokerError(KinflowError):
     code = "broker"
+
+
+class OutboxError(KinflowError):
+    code = "outbox"
 
 
 class DiscoveryError(KinflowError):

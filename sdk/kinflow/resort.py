@@ -10,11 +10,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
-from kinflow.errors import LinkLost
+from kinflow.errors import LinkError, LinkLost, LinkTimeout
 from kinflow.link import Answered
 from kinflow.messages import Reply
 from kinflow.peer import Attempt
@@ -49,6 +49,16 @@ class Resort(Future[Answered[Reply]]):
 
     def result(self, timeout: float | None = None) -> Answered[Reply]:
         return super().result(self._wait(timeout))
+
+    def answer(self, remaining_s: float, labels: int) -> Answered[Reply]:
+        """`result`, for a family with so many labels; LinkError is all that it raises."""
+        try:
+            answered = self.result(remaining_s)
+        except (FutureTimeoutError, CancelledError) as exc:
+            raise LinkTimeout(f"no reply within {remaining_s * 1e3:.0f} ms") from exc
+        if answered.reply.label >= labels:
+            raise LinkError(f"a server answered with label {answered.reply.label}, the family has fewer")
+        return answered
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         return super().exception(self._wait(timeout))

@@ -128,6 +128,11 @@ class DeviceSettings(_Settings, frozen=True):
         float,
         _doc("Share of all images whose kept answer is compared with a server's, when idle; 0: none.", ge=0, le=1),
     ] = 0.0
+    outbox: Annotated[
+        str,
+        _doc('File where inputs wait for a server that were submitted with `when="eventually"`; empty: there is none.'),
+    ] = ""
+    outbox_size: Annotated[int, _doc("Most inputs that wait there.", ge=1, le=1_000_000)] = 1000
     workers: Annotated[int, _doc("How many `submit()` calls run at the same time.", ge=1, le=256)] = 4
     trusted_keys: Annotated[
         list[str],
