@@ -94,7 +94,10 @@ class Outbox:
             "WHERE answer IS NULL AND rowid > ? ORDER BY rowid LIMIT ?",
             (after, most),
         )
-        return [(row, Entry(*fields, _decode(own))) for row, *fields, own in rows]
+        return [
+            (row, Entry(id_, family, version, split, codec, payload, _decode(own)))
+            for row, id_, family, version, split, codec, payload, own in rows
+        ]
 
     def answered(self, id_: bytes, answer: Answer) -> None:
         """The payload is forgotten at once."""
