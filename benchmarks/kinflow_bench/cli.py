@@ -17,6 +17,7 @@ app = typer.Typer(help="Measure what the project claims; each prints the figure 
 
 FASHION = Path("families/fashion")
 DIGITS = Path("families/digits_nested")
+SMOLLM2 = Path("families/smollm2")
 Family = Annotated[Path, typer.Argument(help="Folder of a family, or its bundle.")]
 Data = Annotated[
     Path | None,
@@ -151,6 +152,34 @@ def chaos(
     plan = bench.SHORT if short else bench.full(faults, inferences, devices, seed)
     images = FASHION / "samples/images-idx3-ubyte.gz"
     figures = bench.run(_bundle(family), images, plan, lambda line: typer.echo(line, err=True))
+    _print(figures, as_json)
+
+
+@app.command()
+def generate(
+    family: Family = SMOLLM2,
+    count: Annotated[int, typer.Option("--prompts", help="Texts compared token by token.", min=1)] = 200,
+    tokens: Annotated[int, typer.Option(help="Length of each.", min=2)] = 128,
+    timed: Annotated[int, typer.Option(help="So many of them are timed too.", min=1)] = 8,
+    round_trips_ms: Annotated[list[float] | None, typer.Option("--round-trip", help="Links, ms.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File with a prompt per line, or JSON lines with `question`.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Text generation: whether texts are what they promise to be, and their cost over shaped links."""
+    from kinflow_bench import generate as bench
+
+    figures = bench.run(
+        _bundle(family),
+        count,
+        tokens,
+        timed,
+        round_trips_ms or (5, 20, 80),
+        data,
+        lambda line: typer.echo(line, err=True),
+    )
     _print(figures, as_json)
 
 

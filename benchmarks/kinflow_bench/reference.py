@@ -1,0 +1,70 @@
+"""What generated texts are compared with: plain decoding, one token at a time, no drafts and no network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kinflow.text.cache import Cache
+from kinflow.text.codec import FeatureCodec
+from kinflow.text.family import TextFamily
+from kinflow.text.manifest import LOWER, Precision
+from kinflow.text.sampling import Sampling, choose
+from kinflow.text.segment import SegmentRunner
+
+Array = npt.NDArray[np.float32]
+
+
+class Text(NamedTuple):
+    """A reference text."""
+
+    tokens: list[int]
+    """With its stop token, where it ended by one."""
+    margins: list[float]
+    """By how much each token's logit is above the next best one's."""
+    seconds: float
+    """Of the tokens after the first: the prompt's time is everybody's."""
+
+
+class Reference:
+    """The largest member, with the device's layers at `precision` and its features coded by `codec`."""
+
+    def __init__(
+        self, family: TextFamily, precision: Precision = "float", codec: FeatureCodec | None = None, threads: int = 1
+    ) -> None:
+        path = family.manifest.exits[family.manifest.last_exit()].segments
+        self._family = family
+        self._codec = codec
+        self._segments: list[SegmentRunner] = [
+            family.segment(name, precision if name == LOWER else "float", threads=threads) for name in path
+        ]
+        self._head = family.head("float", threads=threads)
+
+    def decode(self, prompt: Sequence[int], most: int, sampling: Sampling) -> Text:
+        """At most `most` tokens after `prompt`."""
+        caches = [self._family.cache(segment.name) for segment in self._segments]
+        logits = self._logits(prompt, caches)
+        tokens: list[int] = []
+        margins: list[float] = []
+        start_s = time.perf_counter()
+        while True:
+            choice = choose(logits, sampling, len(prompt) + len(tokens))
+            tokens.append(choice.token)
+            margins.append(choice.margin)
+            if len(tokens) == most or choice.token in self._family.manifest.stop_tokens:
+                return Text(tokens, margins, time.perf_counter() - start_s)
+            logits = self._logits([choice.token], caches)
+
+    def _logits(self, tokens: Sequence[int], caches: Sequence[Cache]) -> Array:
+        """For the position after the last of `tokens`."""
+        hidden: npt.NDArray[Any] = np.array([tokens], np.int64)
+        for segment, cache in zip(self._segments, caches, strict=True):
+            hidden = segment.run(hidden, [cache])
+            if segment.name == LOWER and self._codec is not None:
+                hidden = self._codec.decode(self._codec.encode(hidden[0]), len(tokens))[None]
+        last: Array = self._head.run(hidden[0, -1:])[0]
+        return last

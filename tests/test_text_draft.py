@@ -1,0 +1,80 @@
+"""How far to draft: what is learned from verdicts, and when a draft is worth its time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kinflow.text.draft import Acceptance, Line, Plan
+
+
+def drafts(plan: Plan, chance: float) -> int:
+    """How many drafts, each standing with `chance`, the plan wants."""
+    count, tokens, standing = 0, 1.0, 1.0
+    while plan.more(count, tokens, standing, chance):
+        count, standing = count + 1, standing * chance
+        tokens += standing
+    return count
+
+
+def plan(
+    way_s: float, *, floor: float = 0.0, most: int = 20, server_s: float = 0.01, position_s: float = 0.005
+) -> Plan:
+    return Plan(floor, most, way_s, 0.01, server_s, position_s)
+
+
+def rate(plan: Plan, chance: float, count: int) -> float:
+    """Tokens per second with `count` drafts a round."""
+    tokens = sum(chance**at for at in range(count + 1))
+    return tokens / (plan.way_s + plan.server_s + (1 + count) * (plan.step_s + plan.position_s))
+
+
+@pytest.mark.parametrize("way_s", [0.001, 0.02, 0.08, 0.3])
+@pytest.mark.parametrize("chance", [0.3, 0.55, 0.8, 0.95])
+def test_the_number_of_drafts_is_the_fastest(way_s: float, chance: float) -> None:
+    """No other number of drafts gives more tokens per second."""
+    chosen = drafts(plan(way_s), chance)
+    best = max(range(21), key=lambda count: rate(plan(way_s), chance, count))
+    assert rate(plan(way_s), chance, chosen) == pytest.approx(rate(plan(way_s), chance, best))
+
+
+def test_floor_and_most() -> None:
+    """Drafts that seldom stand are not sent however far the server is; and there is a most."""
+    assert drafts(plan(10.0, floor=0.5), 0.4) == 0
+    assert drafts(plan(10.0, floor=0.5, most=6), 0.99) == 6
+    assert drafts(plan(10.0, most=0), 0.99) == 0
+
+
+def test_acceptance_starts_at_the_confidence_and_follows_the_verdicts() -> None:
+    """An overconfident exit is believed less after a few dozen rejections, in that bin alone."""
+    acceptance = Acceptance()
+    assert acceptance.chance(0.85) == pytest.approx(0.85)
+    for stood in [True, False] * 40:
+        acceptance.saw(0.85, stood)
+    assert acceptance.chance(0.85) == pytest.approx(0.5, abs=0.06)
+    assert acceptance.chance(0.35) == pytest.approx(0.35)
+    assert (acceptance.drafts, acceptance.accepted) == (80, 40)
+
+
+def test_line_finds_fixed_and_slope() -> None:
+    """Times that are fixed + slope x positions, with some noise, are told apart."""
+    line, random = Line(), np.random.default_rng(0)
+    assert line.fit() == (0.0, 0.0)
+    for _ in range(200):
+        positions = int(random.integers(1, 10))
+        line.saw(positions, 0.02 + 0.003 * positions + random.normal(0, 0.0002))
+    fixed, slope = line.fit()
+    assert fixed == pytest.approx(0.02, abs=0.003)
+    assert slope == pytest.approx(0.003, abs=0.0005)
+
+
+def test_line_without_variety_is_all_fixed() -> None:
+    """Where all verifications had as many positions, nothing is known of the slope; and it is never negative."""
+    line = Line()
+    for _ in range(5):
+        line.saw(4, 0.03)
+    assert line.fit() == (pytest.approx(0.03), 0.0)
+    falling = Line()
+    for positions in (1, 2, 3, 4):
+        falling.saw(positions, 0.1 / positions)
+    assert falling.fit()[1] == 0.0
