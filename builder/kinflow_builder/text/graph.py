@@ -1,0 +1,227 @@
+"""ONNX graphs of segments, written operator by operator from numpy weights; no torch.
+
+Inputs: `ids` or `hidden`, `past` [B,P,L,2,H,D], `positions` [B,T], `bias` [B,1,T,P+T]; outputs `result` [B,T,d] and
+`present` [B,T,L,2,H,D], which are the new entries alone. B, T and P are free, P = 0 too. The head: `hidden` [N,d] ->
+`logits` [N,V]. Keys stand in the cache after their rotation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from kinflow_builder.text.shape import Floats, Shape, Weights
+
+OPSET = 20
+IR_VERSION = 9
+CONTRIB = "com.microsoft"
+# Values of a matrix' row that have a scale of their own.
+BLOCK = 32
+# onnxruntime's: activations are rounded to 8 bits too, block by block.
+INT8_ARITHMETIC = 4
+
+Precision = Literal["float", "int8"]
+"""int8: every matrix in 8 bits with a scale for each block of 32, and so, on the way, is what it is applied to."""
+
+
+class Writer:
+    """Nodes and constants of a graph as it grows. Every method that computes returns the name of what it made."""
+
+    def __init__(self, precision: Precision = "float") -> None:
+        self.precision = precision
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+
+    def node(self, kind: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
+        name = output or f"{kind.lower()}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
+        self.constants[name] = numpy_helper.from_array(np.asarray(values, dtype), name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """Shape or axes; equal ones are kept once."""
+        return self.constant("i" + "_".join(map(str, values)), values, np.int64)
+
+    def integer(self, value: int) -> str:
+        """A scalar index: Gather drops its axis."""
+        return self.constant(f"at{value}", value, np.int64)
+
+    def linear(self, values: str, name: str, weight: Floats) -> str:
+        """weight [outputs, inputs]"""
+        if self.precision == "float":
+            return self.node("MatMul", [values, self.constant(name, weight.T)])
+        levels, scale = quantised(weight)
+        outputs, inputs = weight.shape
+        # Levels are stored from 0 on; 128 stands for 0.0.
+        stored = self.constant(f"{name}.levels", levels.astype(np.int16) + 128, np.uint8)
+        scales = self.constant(f"{name}.scale", scale[:, :, 0])
+        sizes = {"K": inputs, "N": outputs, "bits": 8, "block_size": BLOCK, "accuracy_level": INT8_ARITHMETIC}
+        return self.node("MatMulNBits", [values, stored, scales], domain=CONTRIB, **sizes)
+
+    def rows(self, name: str, table: Floats, ids: str) -> str:
+        """Those rows of a table [count, width] that ids name."""
+        if self.precision == "float":
+            return self.node("Gather", [self.constant(name, table), ids])
+        count, width = table.shape
+        levels, scale = quantised(table)
+        stored = self.constant(f"{name}.levels", levels.reshape(count, width), np.int8)
+        chosen = self.node("Cast", [self.node("Gather", [stored, ids])], to=TensorProto.FLOAT)
+        blocks = self.node("Reshape", [chosen, self.integers(0, 0, width // BLOCK, BLOCK)])
+        scales = self.node("Gather", [self.constant(f"{name}.scale", scale), ids])
+        return self.node("Reshape", [self.node("Mul", [blocks, scales]), self.integers(0, 0, width)])
+
+    def norm(self, values: str, name: str, weight: Floats, epsilon: float) -> str:
+        """Root mean square normalisation over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
+        mean = self.node("ReduceMean", [self.node("Mul", [values, values]), self.integers(-1)], keepdims=1)
+        root = self.node("Sqrt", [self.node("Add", [mean, self.constant("epsilon", epsilon)])])
+        return self.node("Mul", [self.node("Div", [values, root]), self.constant(name, weight)])
+
+    def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        graph = helper.make_graph(self.nodes, "segment", inputs, outputs, list(self.constants.values()))
+        opsets = [helper.make_opsetid("", OPSET)]
+        if self.precision == "int8":
+            opsets.append(helper.make_opsetid(CONTRIB, 1))
+        made = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="kinflow")
+        onnx.checker.check_model(made)
+        return made
+
+
+def quantised(matrix: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """matrix [rows, width] -> levels [rows, blocks, BLOCK] of -127…127 and scale [rows, blocks, 1]."""
+    blocks = matrix.reshape(len(matrix), -1, BLOCK)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return np.rint(blocks / scale).astype(np.int8), scale
+
+
+def stack(
+    shape: Shape,
+    layers: list[Weights],
+    norm: Floats | None = None,
+    embedding: Floats | None = None,
+    precision: Precision = "float",
+) -> onnx.ModelProto:
+    """A segment of these layers; with `norm` [width] behind them, with `embedding` [vocabulary, width] before them."""
+    writer = Writer(precision)
+    inputs, outputs = _interface(shape, len(layers), ids=embedding is not None)
+    hidden = "hidden" if embedding is None else writer.rows("embedding", embedding, "ids")
+    writer.node("Reshape", ["past", writer.integers(0, 0, 2 * len(layers), shape.kv_heads, shape.head_size)], "flat")
+    # [2L,B,H,P,D]: what one layer takes lies in one piece.
+    writer.node("Transpose", ["flat"], "caches", perm=[2, 0, 3, 1, 4])
+    _rotary(writer, shape)
+    # The queries that share a key stand one behind another, so that no key is copied: the mask is repeated for them.
+    writer.node("Concat", ["bias"] * (shape.heads // shape.kv_heads), "mask", axis=2)
+    presents: list[str] = []
+    for index, weights in enumerate(layers):
+        hidden = _layer(writer, shape, index, weights, hidden, presents)
+    joined = writer.node("Concat", presents, axis=2)
+    writer.node("Reshape", [joined, writer.integers(0, 0, len(layers), 2, shape.kv_heads, shape.head_size)], "present")
+    if norm is not None:
+        hidden = writer.norm(hidden, "norm", norm, shape.epsilon)
+    writer.node("Identity", [hidden], "result")
+    return writer.model(inputs, outputs)
+
+
+def head(weight: Floats, precision: Precision = "float") -> onnx.ModelProto:
+    """weight [vocabulary, width]"""
+    writer = Writer(precision)
+    writer.node("Identity", [writer.linear("hidden", "head", weight)], "logits")
+    vocabulary, width = weight.shape
+    return writer.model([_tensor("hidden", ["rows", width])], [_tensor("logits", ["rows", vocabulary])])
+
+
+def _layer(writer: Writer, shape: Shape, index: int, weights: Weights, hidden: str, presents: list[str]) -> str:
+    def linear(values: str, name: str) -> str:
+        return writer.linear(values, f"{index}.{name}", weights[name])
+
+    def norm(values: str, name: str) -> str:
+        return writer.norm(values, f"{index}.{name}", weights[name], shape.epsilon)
+
+    size = shape.head_size
+    normed = norm(hidden, "attention_norm")
+    query = _rotated(writer, _heads(writer, linear(normed, "query"), shape.heads, size), size)
+    key = _rotated(writer, _heads(writer, linear(normed, "key"), shape.kv_heads, size), size)
+    value = _heads(writer, linear(normed, "value"), shape.kv_heads, size)
+    for part in (key, value):
+        presents.append(writer.node("Unsqueeze", [part, writer.integers(2)]))
+    keys, values = (
+        writer.node(
+            "Concat",
+            [
+                writer.node("Gather", ["caches", writer.integer(2 * index + place)], axis=0),
+                writer.node("Transpose", [part], perm=[0, 2, 1, 3]),
+            ],
+            axis=2,
+        )
+        for place, part in enumerate((key, value))
+    )
+    mixed = _attend(writer, shape, query, keys, values)
+    hidden = writer.node("Add", [hidden, linear(mixed, "output")])
+    normed = norm(hidden, "mlp_norm")
+    gate = linear(normed, "gate")
+    opened = writer.node("Mul", [gate, writer.node("Sigmoid", [gate])])
+    return writer.node("Add", [hidden, linear(writer.node("Mul", [opened, linear(normed, "up")]), "down")])
+
+
+def _attend(writer: Writer, shape: Shape, query: str, keys: str, values: str) -> str:
+    """query [B,T,heads,D], keys and values [B,H,S,D] -> [B,T,heads*D]"""
+    scaled = writer.node("Mul", [query, writer.constant("scale", shape.head_size**-0.5)])
+    turned = writer.node("Transpose", [scaled], perm=[0, 2, 1, 3])
+    grouped = writer.node("Reshape", [turned, writer.integers(0, shape.kv_heads, -1, shape.head_size)])
+    scores = writer.node("MatMul", [grouped, writer.node("Transpose", [keys], perm=[0, 1, 3, 2])])
+    shares = writer.node("Softmax", [writer.node("Add", [scores, "mask"])], axis=-1)
+    mixed = writer.node("MatMul", [shares, values])
+    apart = writer.node("Reshape", [mixed, writer.integers(0, shape.heads, -1, shape.head_size)])
+    back = writer.node("Transpose", [apart], perm=[0, 2, 1, 3])
+    return writer.node("Reshape", [back, writer.integers(0, 0, shape.heads * shape.head_size)])
+
+
+def _heads(writer: Writer, values: str, heads: int, size: int) -> str:
+    return writer.node("Reshape", [values, writer.integers(0, 0, heads, size)])
+
+
+def _rotary(writer: Writer, shape: Shape) -> None:
+    """`cosine` and `sine` [B,T,1,D] of the positions' angles (Su et al., RoFormer, arXiv 2104.09864)."""
+    frequencies = shape.theta ** (-np.arange(0, shape.head_size, 2, dtype=np.float32) / shape.head_size)
+    places = writer.node("Cast", ["positions"], to=TensorProto.FLOAT)
+    column = writer.node("Unsqueeze", [places, writer.integers(2, 3)])
+    angles = writer.node("Mul", [column, writer.constant("frequencies", frequencies)])
+    both = writer.node("Concat", [angles, angles], axis=-1)
+    writer.node("Cos", [both], "cosine")
+    writer.node("Sin", [both], "sine")
+
+
+def _rotated(writer: Writer, vectors: str, size: int) -> str:
+    """vectors [B,T,heads,D]; the first half's values are paired with the second's."""
+    half = writer.integers(size // 2)
+    first = writer.node("Slice", [vectors, writer.integers(0), half, writer.integers(-1)])
+    second = writer.node("Slice", [vectors, half, writer.integers(size), writer.integers(-1)])
+    crossed = writer.node("Concat", [writer.node("Neg", [second]), first], axis=-1)
+    straight = writer.node("Mul", [vectors, "cosine"])
+    return writer.node("Add", [straight, writer.node("Mul", [crossed, "sine"])])
+
+
+def _interface(shape: Shape, layers: int, *, ids: bool) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    rest = [layers, 2, shape.kv_heads, shape.head_size]
+    first = _tensor("ids", ["batch", "tokens"], TensorProto.INT64)
+    if not ids:
+        first = _tensor("hidden", ["batch", "tokens", shape.width])
+    inputs = [
+        first,
+        _tensor("past", ["batch", "before", *rest]),
+        _tensor("positions", ["batch", "tokens"], TensorProto.INT64),
+        _tensor("bias", ["batch", 1, "tokens", "all"]),
+    ]
+    outputs = [_tensor("result", ["batch", "tokens", shape.width]), _tensor("present", ["batch", "tokens", *rest])]
+    return inputs, outputs
+
+
+def _tensor(name: str, axes: list[str | int], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, axes)
