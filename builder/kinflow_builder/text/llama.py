@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kinflow_builder.text.shape import Shape
+from kinflow_builder.text.shape import LAYER, Branch, Floats, Model, Shape, Weights
 
 
 class Norm(nn.Module):  # type: ignore[misc]
@@ -110,13 +110,15 @@ class Stack(nn.Module):  # type: ignore[misc]
 class Llama(nn.Module):  # type: ignore[misc]
     """The whole model. `head` is a matrix [vocabulary, width]; where it is tied it is the embedding's own."""
 
-    def __init__(self, shape: Shape, *, tied: bool = True) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.shape = shape
-        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.layers = nn.ModuleList([Layer(shape) for _ in range(shape.layers)])
-        self.norm = Norm(shape.width, shape.epsilon)
-        self.head = self.embedding.weight if tied else nn.Parameter(torch.empty(shape.vocabulary, shape.width))
+        self.shape = model.shape
+        self.embedding = nn.Embedding.from_pretrained(torch.from_numpy(model.embedding))
+        self.layers = nn.ModuleList([layer_of(model.shape, weights) for weights in model.layers])
+        self.norm = norm_of(model.shape, model.norm)
+        tied = model.head is model.embedding
+        self.head = self.embedding.weight if tied else nn.Parameter(torch.from_numpy(model.head))
+        self.eval().requires_grad_(False)
 
     def part(self, begin: int, end: int) -> Stack:
         """Layers begin…end-1, the very same ones; the last part carries the final norm."""
@@ -126,6 +128,32 @@ class Llama(nn.Module):  # type: ignore[misc]
         """ids [B,T] of whole texts -> logits [B,T,vocabulary]."""
         hidden, _ = whole(self.part(0, len(self.layers)), self.embedding(ids))
         return functional.linear(hidden, self.head)
+
+
+def layer_of(shape: Shape, weights: Weights) -> Layer:
+    """A layer with these weights, copied."""
+    layer = Layer(shape)
+    layer.load_state_dict({f"{name}.weight": torch.from_numpy(value) for name, value in weights.items()})
+    return layer
+
+
+def norm_of(shape: Shape, weight: Floats) -> Norm:
+    norm = Norm(shape.width, shape.epsilon)
+    norm.load_state_dict({"weight": torch.from_numpy(weight)})
+    return norm
+
+
+def stack_of(shape: Shape, branch: Branch) -> Stack:
+    """A branch as a module, to train it."""
+    return Stack(shape, [layer_of(shape, weights) for weights in branch.layers], norm_of(shape, branch.norm))
+
+
+def branch_of(stack: Stack) -> Branch:
+    """`stack_of`, backwards."""
+    layers = [
+        {name: getattr(layer, name).weight.detach().cpu().numpy().copy() for name in LAYER} for layer in stack.layers
+    ]
+    return Branch(layers, stack.norm.weight.detach().cpu().numpy().copy())
 
 
 def whole(stack: Stack, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
