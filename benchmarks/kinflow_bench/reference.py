@@ -59,6 +59,14 @@ class Reference:
                 return Text(tokens, margins, time.perf_counter() - start_s)
             logits = self._logits([choice.token], caches)
 
+    def logits(self, text: Sequence[int], prompt: int = 0) -> Array:
+        """[vocabulary], for the position after `text`, whose first `prompt` tokens are taken at once."""
+        caches = [self._family.cache(segment.name) for segment in self._segments]
+        logits = self._logits(text[: prompt or len(text)], caches)
+        for token in text[prompt:] if prompt else ():
+            logits = self._logits([token], caches)
+        return logits
+
     def _logits(self, tokens: Sequence[int], caches: Sequence[Cache]) -> Array:
         """For the position after the last of `tokens`."""
         hidden: npt.NDArray[Any] = np.array([tokens], np.int64)

@@ -35,11 +35,14 @@ def task_of(path: str | Path) -> str:
 
 
 def decode_manifest(
-    raw: bytes, signatures: bytes, trusted: TrustedKeys, name: str, kind: type[AnyManifest]
+    raw: bytes, signatures: bytes, trusted: TrustedKeys, name: str, kind: type[AnyManifest], task: str
 ) -> tuple[AnyManifest, str]:
     """The manifest and the trusted key that signed it, if any are asked for. Raises BundleError."""
     # Before anything of it is read: a stranger's bytes get no further than this.
     signed_by = trusted.check(raw, signatures, name) if trusted.keys else ""
+    found = _decode(raw, name, _Task).task
+    if found != task:
+        raise BundleError(f"{name} is a bundle for {found!r}, wanted is one for {task!r}")
     return _decode(raw, name, kind), signed_by
 
 

@@ -24,6 +24,7 @@ from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
 from kinflow.tokens import FeatureCodec, TokenMergeCodec
 
 INPUT = "input"
+TASK = "image-classification"
 
 Array = npt.NDArray[np.float32]
 
@@ -147,7 +148,7 @@ class Family:
 
 def read_manifest(raw: bytes, signatures: bytes, trusted: TrustedKeys, name: str) -> tuple[Manifest, str]:
     """The checked manifest and the trusted key that signed it, if any are asked for. Raises BundleError."""
-    manifest, signed_by = decode_manifest(raw, signatures, trusted, name, Manifest)
+    manifest, signed_by = decode_manifest(raw, signatures, trusted, name, Manifest, TASK)
     _check_references(name, manifest)
     return manifest, signed_by
 

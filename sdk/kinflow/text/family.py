@@ -16,7 +16,7 @@ from kinflow.manifest import File
 from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
 from kinflow.text.cache import Cache
 from kinflow.text.codec import FeatureCodec, open_codecs
-from kinflow.text.manifest import HEAD, IDS, Precision, TextManifest
+from kinflow.text.manifest import HEAD, IDS, TASK, Precision, TextManifest
 from kinflow.text.segment import HeadRunner, SegmentRunner
 from kinflow.text.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ class TextFamily:
 
 def read_text_manifest(raw: bytes, signatures: bytes, trusted: TrustedKeys, name: str) -> tuple[TextManifest, str]:
     """The checked manifest and the trusted key that signed it, if any are asked for. Raises BundleError."""
-    manifest, signed_by = decode_manifest(raw, signatures, trusted, name, TextManifest)
+    manifest, signed_by = decode_manifest(raw, signatures, trusted, name, TextManifest, TASK)
     _check_references(name, manifest)
     return manifest, signed_by
 

@@ -146,9 +146,12 @@ class Generation:
             while not self.summary.finish:
                 yield from self._confident() if self.summary.mode == "confident" else self._round()
         finally:
-            if isinstance(self._remote, Remote):
-                self.summary.servers = list(self._remote.servers)
-                self._remote.close()
+            self.forget_session()
+
+    def forget_session(self) -> None:
+        """Free what the server keeps for this text. Its next token, if there is one, brings it up to date again."""
+        if isinstance(self._remote, Remote):
+            self._remote.close()
 
     @property
     def _left(self) -> int:
@@ -336,9 +339,13 @@ class Generation:
 
     def _count(self, answered: Answered[Verdict], sent: Sent) -> None:
         verdict, summary = answered.reply, self.summary
+        if not summary.servers or summary.servers[-1] != sent.node:
+            summary.servers.append(sent.node)
         summary.verifications += 1
         summary.passes += verdict.passes
-        summary.layer_tokens += verdict.layer_tokens
+        # Without the prompt's positions, which the first request brings.
+        new = sent.end - max(sent.end - sent.count, len(self._prompt))
+        summary.layer_tokens += verdict.layer_tokens * new // sent.count
         summary.redone += verdict.redone
         summary.drafted += sent.end - sent.confirmed
         summary.accepted += verdict.accepted

@@ -101,8 +101,6 @@ class Remote:
         self._held = 0
         """Positions that the server has."""
         self.way = way
-        self.servers: list[str] = []
-        """Nodes that were asked, in their order."""
 
     @property
     def node(self) -> str:
@@ -125,7 +123,6 @@ class Remote:
         if route.node != self._node:
             self._leave()
             self._node, self._held, self._session = route.node, 0, os.urandom(16)
-            self.servers.append(route.node)
         end = len(self._positions.tokens)
         count = end - self._held
         timeout_s = self._deadline_s * (1 + count / POSITIONS_PER_DEADLINE)
