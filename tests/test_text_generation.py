@@ -143,7 +143,7 @@ def test_tokens_say_who_said_them(device: TextDevice) -> None:
 
 
 def test_confident_tokens_leave_unverified(bundle: Path, server: ServerProcess, tmp_path: Path) -> None:
-    """Above the certificate's threshold the device's own token leaves, else the composed model's, caches without holes."""
+    """At the certificate's threshold the device's own token leaves, below it the composed model's; no holes stay."""
     sure = tmp_path / "sure"
     sure.mkdir()
     for path in bundle.iterdir():
@@ -190,7 +190,7 @@ def _confident_reference(family: TextFamily, asked: list[int], threshold: float)
     return said
 
 
-def test_local_needs_nobody(bundle: Path, family: TextFamily) -> None:
+def test_local_needs_nobody(bundle: Path) -> None:
     """Mode `local`, and no offload: the device's own text, not degraded, nothing sent."""
     with TextDevice.open(bundle, DeviceSettings(offload=False)) as device:
         asked = prompt(device, QUESTIONS[0])
@@ -257,7 +257,7 @@ def test_forgotten_session_is_brought_up_to_date(device: TextDevice, family: Tex
     assert not generation.summary.degraded
 
 
-def test_stop_token_ends_the_text(device: TextDevice, family: TextFamily, bundle: Path) -> None:
+def test_stop_token_ends_the_text(device: TextDevice, family: TextFamily) -> None:
     """The text ends before the first stop token, which is no part of it."""
     asked = prompt(device, QUESTIONS[0])
     text = plain(family, "family", asked)
