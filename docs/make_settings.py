@@ -88,6 +88,8 @@ def page() -> str:
         table(settings.BrokerSettings),
         "\n### Table `[http]`\n\nHealth and metrics of a server, over HTTP.\n\n",
         table(settings.HttpSettings),
+        "\n### Table `[sessions]`\n\nGenerations of language models: what a server holds of them.\n\n",
+        table(settings.SessionSettings),
         SERVER_EXAMPLE,
         "\n### Table `[tls]`\n\nFor every role. [Servers](servers.md#a-lan-with-tls) tells how to make the folder.\n\n",
         table(settings.TlsSettings),

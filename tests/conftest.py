@@ -45,3 +45,15 @@ def family(bundle: Path) -> Family:
 def fashion() -> Path:
     """The folder of the committed bundle."""
     return ROOT / "families/fashion/bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random language model's bundle: six layers, a token per byte. Do not change it."""
+    pytest.importorskip("onnx", reason="the bundle is made of ONNX operators: pip install onnx")
+    pytest.importorskip("tokenizers", reason="pip install 'kinflow[text]'")
+    from kinflow_builder.text.tiny import write_tiny
+
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    write_tiny(folder)
+    return folder

@@ -192,7 +192,7 @@ def test_a_reply_goes_to_its_client_and_tells_what_it_cost(bench: Bench) -> None
     assert (hop.node, hop.tier, hop.bytes_up) == ("node-1", "cloud", 0)
     assert 0 < hop.compute_ms <= hop.total_ms
     assert hop.decode_ms + hop.queue_ms + hop.compute_ms <= hop.total_ms
-    assert bench.worker.counts == {"served": 1}
+    assert bench.worker.desk.counts == {"served": 1}
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
@@ -225,8 +225,8 @@ def test_what_does_not_match_is_answered_with_its_name(
     assert isinstance(failure, Failure)
     assert (failure.code, failure.node) == (code, "node-1")
     assert said in failure.message
-    assert bench.worker.counts == {f"failed:{code}": 1}
-    assert bench.worker.rejected == 1
+    assert bench.worker.desk.counts == {f"failed:{code}": 1}
+    assert bench.worker.desk.rejected == 1
     assert isinstance(bench.ask(bench.request()), Reply)
 
 
@@ -238,7 +238,7 @@ def test_damaged_features_are_answered_with_a_codec_failure(bench: Bench) -> Non
         failure = bench.ask(bench.request(codec="s1-q4"), payload)
         assert isinstance(failure, Failure), len(payload)
         assert failure.code == "codec"
-    assert bench.worker.counts == {"failed:codec": len(damaged)}
+    assert bench.worker.desk.counts == {"failed:codec": len(damaged)}
     assert isinstance(bench.ask(bench.request()), Reply)
 
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_read_is_counted(bench: Bench) -> None:
     unreadable = [b"", b"\0", b"hello", good[:-1], good[:10], good + b"\0", b"XXXX" + good[4:], foreign]
     for data in unreadable:
         bench.worker.on_message(TOPIC, data)
-    assert bench.worker.counts == {"failed:frame": len(unreadable)}
+    assert bench.worker.desk.counts == {"failed:frame": len(unreadable)}
     assert isinstance(bench.ask(bench.request()), Reply)
     assert len(bench.wire.sent) == 1
 
@@ -292,7 +292,7 @@ def test_a_repeat_is_answered_from_memory(bench: Bench) -> None:
     wait_until(lambda: len(bench.wire.sent) == 4)
     assert len(set(bench.wire.sent)) == 1
     assert bench.worker.batches.total() == computed == 1
-    assert bench.worker.counts == {"served": 1, "repeated": 3}
+    assert bench.worker.desk.counts == {"served": 1, "repeated": 3}
 
 
 def test_a_repeat_while_the_first_is_computed_is_answered_once(bench: Bench) -> None:
@@ -301,7 +301,7 @@ def test_a_repeat_while_the_first_is_computed_is_answered_once(bench: Bench) -> 
         request = bench.send(bench.request())
         bench.send(request)
     assert isinstance(bench.wire.one(request.id), Reply)
-    assert bench.worker.counts["repeated"] == 1
+    assert bench.worker.desk.counts["repeated"] == 1
 
 
 def test_a_repeated_failure_is_the_same_failure(bench: Bench) -> None:
@@ -311,7 +311,7 @@ def test_a_repeated_failure_is_the_same_failure(bench: Bench) -> None:
     bench.send(request)
     assert len(bench.wire.sent) == 2
     assert len(set(bench.wire.sent)) == 1
-    assert bench.worker.counts == {"failed:mismatch": 1, "repeated": 1}
+    assert bench.worker.desk.counts == {"failed:mismatch": 1, "repeated": 1}
 
 
 def test_busy_when_the_queue_would_miss_the_deadline(bench: Bench) -> None:
@@ -323,10 +323,10 @@ def test_busy_when_the_queue_would_miss_the_deadline(bench: Bench) -> None:
     with bench.stuck():
         time.sleep(0.4)  # the batch is overdue by that much: as much again is expected
         hurried, patient = bench.request(deadline_ms=100), bench.request(deadline_ms=15_000)
-        publish = bench.worker._publish
-        bench.worker._publish = lambda _topic, data: replies.append(data)  # Busy passes, though the wire is stuck
+        publish = bench.worker.desk._publish
+        bench.worker.desk._publish = lambda _topic, data: replies.append(data)  # Busy passes, though the wire is stuck
         bench.send(hurried)
-        bench.worker._publish = publish
+        bench.worker.desk._publish = publish
         bench.send(patient)
     (busy,) = (unpack(data).message for data in replies)
     assert isinstance(busy, Busy)
@@ -334,8 +334,8 @@ def test_busy_when_the_queue_would_miss_the_deadline(bench: Bench) -> None:
     assert busy.queue_ms > 100
     assert isinstance(bench.wire.one(patient.id), Reply)
     assert isinstance(bench.ask(msgspec.structs.replace(hurried, deadline_ms=15_000)), Reply)
-    assert bench.worker.counts == {"served": before + 3, "busy": 1}
-    assert bench.worker.rejected == 1
+    assert bench.worker.desk.counts == {"served": before + 3, "busy": 1}
+    assert bench.worker.desk.rejected == 1
 
 
 def test_busy_when_the_queue_is_full(family: Family, features: dict[str, np.ndarray]) -> None:
@@ -344,10 +344,10 @@ def test_busy_when_the_queue_is_full(family: Family, features: dict[str, np.ndar
         with bench.stuck():
             queued = [bench.send(bench.request()) for _ in range(2)]
             refused: list[bytes] = []
-            publish = bench.worker._publish
-            bench.worker._publish = lambda _topic, data: refused.append(data)
+            publish = bench.worker.desk._publish
+            bench.worker.desk._publish = lambda _topic, data: refused.append(data)
             bench.send(bench.request())
-            bench.worker._publish = publish
+            bench.worker.desk._publish = publish
         assert isinstance(unpack(refused[0]).message, Busy)
         for request in queued:
             assert isinstance(bench.wire.one(request.id), Reply)
@@ -360,7 +360,7 @@ def test_what_expired_in_the_queue_is_not_computed(bench: Bench) -> None:
         alive = bench.send(bench.request())
         time.sleep(0.5)
     assert isinstance(bench.wire.one(alive.id), Reply)
-    assert bench.worker.counts == {"served": 2, "expired": 1}
+    assert bench.worker.desk.counts == {"served": 2, "expired": 1}
     assert bench.worker.batches == {1: 2}
 
 
@@ -417,7 +417,7 @@ def test_threads_may_send_at_once(bench: Bench) -> None:
         thread.join()
     wait_until(lambda: len(bench.wire.sent) == 200)
     assert {message.id for message in bench.wire.messages} == {request.id for mine in requests for request in mine}
-    assert bench.worker.counts == {"served": 200}
+    assert bench.worker.desk.counts == {"served": 200}
     assert sum(size * times for size, times in bench.worker.batches.items()) == 200
 
 
@@ -425,7 +425,7 @@ def test_a_reply_that_cannot_be_sent_is_counted(bench: Bench) -> None:
     """The broker went away meanwhile: the worker counts it and goes on."""
     bench.wire.error = LinkLost("gone")
     bench.send(bench.request())
-    wait_until(lambda: bench.worker.counts["lost"] == 1)
+    wait_until(lambda: bench.worker.desk.counts["lost"] == 1)
     bench.wire.error = None
     assert isinstance(bench.ask(bench.request()), Reply)
 
@@ -460,7 +460,7 @@ def test_a_cancelled_request_is_not_computed(bench: Bench) -> None:
             topics.request("cloud", "f", "s1", "device-1"), pack(Cancel(os.urandom(16), "device-1"))
         )
     assert isinstance(bench.wire.one(wanted.id), Reply)
-    assert bench.worker.counts == {"served": 2, "cancelled": 1}
+    assert bench.worker.desk.counts == {"served": 2, "cancelled": 1}
     assert unwanted.id not in {message.id for message in bench.wire.messages}
     assert isinstance(bench.ask(unwanted), Reply)
 
@@ -471,10 +471,10 @@ def test_a_probe_is_echoed_past_the_queue(bench: Bench) -> None:
     echoed: list[tuple[str, bytes]] = []
     probe = Probe(os.urandom(16), "device-9")
     with bench.stuck():
-        publish = bench.worker._publish
-        bench.worker._publish = lambda topic, data: echoed.append((topic, data))
+        publish = bench.worker.desk._publish
+        bench.worker.desk._publish = lambda topic, data: echoed.append((topic, data))
         bench.worker.on_message(topics.request("cloud", "f", "s1", "device-9"), pack(probe, bytes(2048)))
-        bench.worker._publish = publish
+        bench.worker.desk._publish = publish
     ((topic, data),) = echoed
     echo = unpack(data).message
     assert isinstance(echo, Echo)
@@ -488,10 +488,10 @@ def test_one_noisy_device_does_not_starve_the_others(family: Family, features: d
         busy: list[bytes] = []
         with bench.stuck():
             noisy = [bench.send(bench.request(client="noisy")) for _ in range(20)]
-            publish = bench.worker._publish
-            bench.worker._publish = lambda _topic, data: busy.append(data)
+            publish = bench.worker.desk._publish
+            bench.worker.desk._publish = lambda _topic, data: busy.append(data)
             bench.send(bench.request(client="noisy"))
-            bench.worker._publish = publish
+            bench.worker.desk._publish = publish
             quiet = bench.send(bench.request(client="quiet"))
         wait_until(lambda: len(bench.wire.sent) == 22)
         order = [message.id for message in bench.wire.messages]
@@ -507,8 +507,8 @@ def test_the_servers_own_test_is_answered_here_and_not_counted(tmp_path: Path, f
     with at_work(family, features, "edge") as bench:
         reply = bench.ask(bench.request(client="own-test"))
         assert (reply.tier, reply.degraded) == ("edge", False)
-        assert bench.worker.counts == {}
-        assert bench.worker.last_request_s is None
+        assert bench.worker.desk.counts == {}
+        assert bench.worker.desk.last_request_s is None
         bench.ask(bench.request())
-        assert bench.worker.counts == {"served": 1}
-        assert bench.worker.last_request_s is not None
+        assert bench.worker.desk.counts == {"served": 1}
+        assert bench.worker.desk.last_request_s is not None

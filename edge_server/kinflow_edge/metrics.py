@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from kinflow_edge.text.worker import TextWorker
 
 if TYPE_CHECKING:
     from kinflow_edge.server import Server
@@ -19,22 +22,41 @@ class ServerMetrics(Collector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        server, worker = self._server, self._server.worker
+        server = self._server
         requests = CounterMetricFamily("kinflow_requests", "Requests by what became of them.", labels=["outcome"])
-        for outcome, count in sorted(worker.counts.items()):
+        for outcome, count in sorted(server.counts.items()):
             requests.add_metric([outcome], count)
         yield requests
         batches = CounterMetricFamily("kinflow_batches", "Batches computed, by size.", labels=["size"])
-        for size, count in sorted(worker.batches.items()):
+        for size, count in sorted(sum((worker.batches for worker in server.workers), Counter[int]()).items()):
             batches.add_metric([str(size)], count)
         yield batches
-        yield CounterMetricFamily("kinflow_compute_seconds", "Time spent on batches.", value=worker.busy_s)
-        yield GaugeMetricFamily("kinflow_queue_seconds", "How long a new request would wait.", value=worker.queue_s)
-        yield GaugeMetricFamily("kinflow_under_way", "Requests admitted and not answered yet.", value=worker.under_way)
+        yield CounterMetricFamily("kinflow_compute_seconds", "Time spent on batches.", value=server.busy_s)
+        yield GaugeMetricFamily("kinflow_queue_seconds", "How long a new request would wait.", value=server.queue_s)
+        yield GaugeMetricFamily("kinflow_under_way", "Requests admitted and not answered yet.", value=server.under_way)
         yield GaugeMetricFamily(
             "kinflow_ready", "1 when a real inference succeeded lately.", value=server.state == "ready"
         )
+        yield from self._sessions()
         yield from self._above()
+
+    def _sessions(self) -> Iterator[Metric]:
+        """Generations; nothing where no language model is served."""
+        for worker in self._server.workers:
+            if isinstance(worker, TextWorker):
+                held = worker.sessions
+                ended = CounterMetricFamily("kinflow_sessions_forgotten", "Sessions by why.", labels=["why"])
+                ended.add_metric(["evicted"], held.evicted)
+                ended.add_metric(["idle"], held.expired)
+                yield ended
+                yield GaugeMetricFamily("kinflow_sessions", "Generations held.", value=len(held))
+                yield GaugeMetricFamily("kinflow_session_positions", "Positions they hold.", value=held.positions)
+                yield GaugeMetricFamily("kinflow_session_bytes", "Memory of their caches.", value=held.cache_bytes)
+                yield CounterMetricFamily("kinflow_passes", "Forward passes.", value=worker.batches.total())
+                yield CounterMetricFamily("kinflow_positions", "Positions computed.", value=worker.positions)
+                yield CounterMetricFamily(
+                    "kinflow_redone", "Positions decided from token ids.", value=worker.stages.redone
+                )
 
     def _above(self) -> Iterator[Metric]:
         """The nodes of the next tier, as this server sees them."""

@@ -72,6 +72,13 @@ class ServedFamily:
                 spent_s = time.perf_counter() - start
         return spent_s
 
+    def test_request(self) -> tuple[Request, bytes]:
+        """A request of zeros at the first split, and its payload; id, client and deadline are filled in later."""
+        entry = next(iter(self.entries.values()))
+        codec = self.family.codec(entry.split)
+        request = Request(bytes(16), "x", self.family.id, self.family.version, entry.split, codec.name, 0.0)
+        return request, codec.encode(np.zeros(entry.shape, np.float32))
+
     def served(self) -> Served:
         """What the retained status says."""
         splits = {split: list(entry.codecs) for split, entry in self.entries.items()}

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 
 import msgspec
-import numpy as np
 
 from kinflow import topics
 from kinflow.address import BrokerAddress
 from kinflow.errors import LinkError, ServerBusy
 from kinflow.link import Answered, Link
-from kinflow.messages import Reply, Request
+from kinflow.messages import Reply, Verdict, Verify
 from kinflow.tls import Credentials
 from kinflow_edge.model import ServedFamily
+from kinflow_edge.text.model import ServedText
 
 INTERVAL_S = 5.0
 TIMEOUT_S = 5.0
@@ -33,18 +33,18 @@ class SelfTest:
     def __init__(
         self,
         node: str,
-        models: Mapping[str, ServedFamily],
+        models: Mapping[str, ServedFamily | ServedText],
         address: BrokerAddress,
         client: str,
         tls: Credentials | None = None,
     ) -> None:
         self._node = node
-        self._tests = [_zeros(model) for model in models.values()]
+        self._tests = [model.test_request() for model in models.values()]
         # The identity is no client id: the server's other connections have the same one.
         self._link = Link(address, client if tls is None else f"test-{os.urandom(6).hex()}", tls=tls)
         self._next = 0
         self._at_s = 0.0
-        self._pending: Future[Answered[Reply]] | None = None
+        self._pending: Future[Answered[Reply]] | Future[Answered[Verdict]] | None = None
         self._failures = 0
         self._error = "no test inference has succeeded yet"
 
@@ -80,17 +80,11 @@ class SelfTest:
             self._failures += 1
             self._error = f"its own test inference fails: {error}"
 
-    def _send(self) -> Future[Answered[Reply]]:
-        zeros, payload = self._tests[self._next % len(self._tests)]
+    def _send(self) -> Future[Answered[Reply]] | Future[Answered[Verdict]]:
+        asked, payload = self._tests[self._next % len(self._tests)]
         self._next += 1
-        request = msgspec.structs.replace(zeros, id=os.urandom(16), client=self._link.client)
-        topic = topics.request_to(self._node, request.family, request.split, request.client)
-        return self._link.request(topic, request, payload)
-
-
-def _zeros(model: ServedFamily) -> tuple[Request, bytes]:
-    """A request of zeros at the first split, and its payload; id and client are filled in later."""
-    entry = next(iter(model.entries.values()))
-    codec = model.family.codec(entry.split)
-    request = Request(bytes(16), "x", model.family.id, model.family.version, entry.split, codec.name, TIMEOUT_S * 1e3)
-    return request, codec.encode(np.zeros(entry.shape, np.float32))
+        asked = msgspec.structs.replace(asked, id=os.urandom(16), client=self._link.client, deadline_ms=TIMEOUT_S * 1e3)
+        topic = topics.request_to(self._node, asked.family, asked.split, asked.client)
+        if isinstance(asked, Verify):
+            return self._link.verify(topic, asked, payload)
+        return self._link.request(topic, asked, payload)

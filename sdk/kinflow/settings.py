@@ -189,6 +189,26 @@ class HttpSettings(_Settings, frozen=True):
     port: Annotated[Port, _doc("Port that is bound; 0: any free one, which the server says when it is ready.")] = 0
 
 
+class SessionSettings(_Settings, frozen=True):
+    """What a server holds of generations, for families of the task `text-generation`."""
+
+    most: Annotated[int, _doc("Most sessions held at once.", ge=1, le=100_000)] = 256
+    per_client: Annotated[
+        int, _doc("Most sessions of one client; an edge server is one client of its cloud.", ge=1, le=100_000)
+    ] = 64
+    cache_mb: Annotated[int, _doc("Memory of all sessions' attention caches, MB.", ge=1, le=1 << 20)] = 1024
+    idle_s: Annotated[float, _doc("A session that was not used for so long is forgotten, seconds.", gt=0, le=86400)] = (
+        120.0
+    )
+    keep_s: Annotated[
+        float,
+        _doc("A session that was used within this time does not make room for another one, seconds.", ge=0, le=86400),
+    ] = 10.0
+    chunk: Annotated[
+        int, _doc("Positions of one session in a pass: a long prompt holds up others for so many.", ge=16, le=4096)
+    ] = 64
+
+
 class ServerSettings(_Settings, frozen=True):
     """Roles `edge` and `cloud`."""
 
@@ -234,6 +254,7 @@ class ServerSettings(_Settings, frozen=True):
     status_interval_s: Annotated[float, _doc("How often the retained status is renewed, seconds.", gt=0, le=60)] = 1.0
     broker: Annotated[BrokerSettings, _doc("The broker this server uses.")] = BrokerSettings()
     http: Annotated[HttpSettings, _doc("Where its health and metrics are read.")] = HttpSettings()
+    sessions: Annotated[SessionSettings, _doc("What it holds of generations.")] = SessionSettings()
     trusted_keys: Annotated[
         list[str],
         _doc("Keys of which one must have signed a bundle, as `kinflow sign` shows them; empty: any bundle is taken."),

@@ -46,6 +46,11 @@ def client_of(topic: str) -> str:
     return topic.rpartition("/")[2]
 
 
+def family_of(topic: str) -> str:
+    """Whose model a request on this topic is for."""
+    return topic.split("/")[-4]
+
+
 def bundle(tier: Tier, family: str, client: str) -> str:
     """Where a client asks for files of a bundle. No split can have this name."""
     return request(tier, family, _BUNDLE, client)

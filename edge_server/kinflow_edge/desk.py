@@ -1,0 +1,129 @@
+"""What a worker does with every request, whatever it computes: who sent it, was it here before, what became of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from kinflow import frame, topics
+from kinflow.errors import FrameError, KinflowError, LinkError
+from kinflow.logs import event
+from kinflow.messages import Busy, Cancel, Echo, Failure, Message, Probe, Release, Reply, Request, Verdict, Verify
+from kinflow_edge.recent import RecentRequests
+
+log = logging.getLogger("kinflow.worker")
+
+Asked = Request | Verify
+
+
+class Desk:
+    """Reads frames and sends answers through `publish`; counts both. For any thread."""
+
+    def __init__(self, node: str, publish: Callable[[str, bytes], None], test_client: str = "") -> None:
+        """`test_client`: whose requests are the server's own test, and not counted."""
+        self.node = node
+        self.counts: Counter[str] = Counter()
+        """Since the start: served, escalated, busy, repeated, cancelled, expired, lost, and failed:<code>."""
+        self.last_request_s: float | None = None
+        """When a request came last (time.monotonic()), the server's own tests aside."""
+        self._publish = publish
+        self._test_client = test_client
+        self._recent = RecentRequests()
+
+    @property
+    def rejected(self) -> int:
+        return self.counts["busy"] + sum(n for name, n in self.counts.items() if name.startswith("failed:"))
+
+    def is_test(self, asked: Asked) -> bool:
+        return asked.client == self._test_client
+
+    def read(self, topic: str, data: frame.Buffer, kinds: tuple[type[Message], ...]) -> frame.Frame | None:
+        """A frame with a message of `kinds` from whom the topic names; else it is counted, and there is nothing."""
+        try:
+            found = frame.unpack(data)
+            message = found.message
+            if not isinstance(message, kinds) or not isinstance(message, (Request, Verify, Release, Cancel, Probe)):
+                raise FrameError(f"a {type(message).__name__} came on {topic}, requests are expected there")
+            # The broker's access list sees to the topic alone: a reply goes only to whom the topic names.
+            if topics.client_of(topic) != message.client:
+                raise FrameError(f"a request of {message.client} came on {topic}: not its own topic")
+        except FrameError as exc:
+            # Nobody to answer: the id and the reply topic are in what could not be read.
+            self.counts[f"failed:{exc.code}"] += 1
+            event(log, logging.WARNING, "refused", code=exc.code, topic=topic, error=str(exc))
+            return None
+        return found
+
+    def is_new(self, asked: Asked, arrived_s: float) -> bool:
+        """A repeat is answered from memory, as soon as there is an answer."""
+        if not self.is_test(asked):
+            self.last_request_s = arrived_s
+        new, reply = self._recent.begin(asked.client, asked.id)
+        if not new:
+            self.counts["repeated"] += 1
+            if reply is not None:
+                self._send(asked, reply)
+        return new
+
+    def guarded(self, asked: Asked, handle: Callable[[], None], undo: Callable[[], None] | None = None) -> None:
+        """Run what may fail for this one request, and `undo` then: the server outlives whatever it brings."""
+        try:
+            handle()
+        except Exception as exc:
+            if undo is not None:
+                undo()
+            self.fail_with(asked, exc)
+
+    def fail_with(self, asked: Asked, exc: Exception) -> None:
+        """Called where `exc` is handled."""
+        if isinstance(exc, KinflowError):
+            self.fail(asked, exc)
+        else:
+            log.exception("internal error id=%s", asked.id.hex())
+            self.fail(asked, KinflowError(f"{type(exc).__name__}: {exc}"))
+
+    def echo(self, probe: Probe, queue_s: float) -> None:
+        self._send(probe, frame.pack(Echo(probe.id, self.node, queue_s * 1e3)))
+
+    def answer(self, asked: Asked, reply: Reply | Verdict, arrived_s: float) -> None:
+        if not self.is_test(asked):
+            self.counts["served"] += 1
+        data = frame.pack(reply)
+        self._recent.finish(asked.client, reply.id, data)
+        if log.isEnabledFor(logging.INFO):
+            spent_ms = round((time.monotonic() - arrived_s) * 1e3, 2)
+            event(log, logging.INFO, "answered", id=reply.id.hex(), exit=reply.exit, tier=reply.tier, ms=spent_ms)
+        self._send(asked, data)
+
+    def refuse_busy(self, asked: Asked, queue_s: float) -> None:
+        self.counts["busy"] += 1
+        self._recent.forget(asked.client, asked.id)
+        event(log, logging.INFO, "busy", id=asked.id.hex(), queue_ms=round(queue_s * 1e3, 1))
+        self._send(asked, frame.pack(Busy(asked.id, self.node, queue_s * 1e3)))
+
+    def fail(self, asked: Asked, error: KinflowError) -> None:
+        self.counts[f"failed:{error.code}"] += 1
+        event(log, logging.WARNING, "refused", id=asked.id.hex(), code=error.code, error=str(error))
+        data = frame.pack(Failure(asked.id, self.node, error.code, str(error)[:512]))
+        self._recent.finish(asked.client, asked.id, data)
+        self._send(asked, data)
+
+    def expired(self, asked: Asked) -> None:
+        """Its deadline has passed: nobody waits for an answer."""
+        self.counts["expired"] += 1
+        event(log, logging.INFO, "expired", id=asked.id.hex())
+
+    def cancelled(self, client: str, request_id: bytes) -> None:
+        """It is not answered; it may be asked again."""
+        self.counts["cancelled"] += 1
+        self._recent.forget(client, request_id)
+
+    def _send(self, asked: Asked | Probe, data: bytes) -> None:
+        """A reply that cannot be sent is lost: the device's deadline takes care of it."""
+        try:
+            self._publish(topics.reply(asked.client), data)
+        except LinkError as exc:
+            self.counts["lost"] += 1
+            event(log, logging.WARNING, "lost", id=asked.id.hex(), error=str(exc))

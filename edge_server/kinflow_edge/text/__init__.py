@@ -1,0 +1,1 @@
+"""Language models on a server: sessions that verify drafts, many of them in one batch."""
