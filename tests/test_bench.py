@@ -114,6 +114,12 @@ def test_accuracy(small: Path) -> None:
     assert figures["feature_bytes_mean"] == pytest.approx(codec.bytes_mean, rel=0.1)
     losses = [figures[f"{name}_full_precision"] - figures[name] for name in ("edge", "cloud")]
     assert figures["tail_loss_points"] == pytest.approx(max(losses))
+    default = figures["codecs"].pop(family.manifest.splits["s1"].default_codec)
+    for name in ("edge", "cloud", "feature_bytes_mean", "tail_loss_points"):
+        assert default[name] == pytest.approx(figures[name])
+    sizes = [other["feature_bytes_mean"] for name, other in figures["codecs"].items() if "q4x" in name]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] < default["feature_bytes_mean"]
 
 
 def test_accuracy_of_a_bundle_on_pictures(tmp_path: Path) -> None:
