@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ class Wire:
     open: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     entered: int = 0
+    batches: list[int] = field(default_factory=list)
 
     def publish(self, topic: str, data: bytes) -> None:
         self.entered += 1
@@ -49,6 +50,11 @@ class Wire:
         if self.error is not None:
             raise self.error
         self.sent.append((topic, data))
+
+    def publish_all(self, messages: Sequence[tuple[str, bytes]]) -> None:
+        self.batches.append(len(messages))
+        for topic, data in messages:
+            self.publish(topic, data)
 
     @property
     def messages(self) -> list[Any]:
@@ -154,6 +160,7 @@ def at_work(family: Family, features: dict[str, np.ndarray], member: str = "clou
         {family.id: ServedFamily.open(family, member, 1)},
         ServerSettings(**settings),
         publish=wire.publish,
+        publish_all=wire.publish_all,
         drive=lambda _done, _until_s: None,
         uplinks={},
         test_client="own-test",

@@ -88,6 +88,10 @@ class Desk:
         self._send(probe, frame.pack(Echo(probe.id, self.node, queue_s * 1e3)))
 
     def answer(self, asked: Asked, reply: Reply | Verdict, arrived_s: float) -> None:
+        self._send(asked, self.finish(asked, reply, arrived_s))
+
+    def finish(self, asked: Asked, reply: Reply | Verdict, arrived_s: float) -> bytes:
+        """Count and remember an answer; what is to be sent."""
         if not self.is_test(asked):
             self.counts["served"] += 1
         data = frame.pack(reply)
@@ -95,7 +99,7 @@ class Desk:
         if log.isEnabledFor(logging.INFO):
             spent_ms = round((time.monotonic() - arrived_s) * 1e3, 2)
             event(log, logging.INFO, "answered", id=reply.id.hex(), exit=reply.exit, tier=reply.tier, ms=spent_ms)
-        self._send(asked, data)
+        return data
 
     def refuse_busy(self, asked: Asked, queue_s: float) -> None:
         self.counts["busy"] += 1
@@ -125,5 +129,8 @@ class Desk:
         try:
             self._publish(topics.reply(asked.client), data)
         except LinkError as exc:
-            self.counts["lost"] += 1
-            event(log, logging.WARNING, "lost", id=asked.id.hex(), error=str(exc))
+            self.lost(1, exc)
+
+    def lost(self, answers: int, error: LinkError) -> None:
+        self.counts["lost"] += answers
+        event(log, logging.WARNING, "lost", answers=answers, error=str(error))

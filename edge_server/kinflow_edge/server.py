@@ -149,6 +149,7 @@ class Server:
                 self._models,
                 self.settings,
                 publish=self._connection.publish,
+                publish_all=self._connection.publish_all,
                 drive=self._connection.drive,
                 uplinks={name: self.uplinks[name] for name in self._models if name in self.uplinks},
                 test_client=test_client,

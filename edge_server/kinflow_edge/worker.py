@@ -1,7 +1,7 @@
 """The worker that edge and cloud servers share: admits requests, batches, computes, answers or escalates.
 
 The network thread unpacks, decodes and admits; one thread of the worker's own runs the graphs and answers.
-What it needs of the outside comes in as `publish`, `drive` (Connection's) and `uplinks`: it owns no socket.
+What it needs of the outside comes in: `publish`, `publish_all` and `drive` (Connection's), `uplinks`. It owns no socket.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+import msgspec
 import numpy as np
 
-from kinflow import frame
+from kinflow import frame, topics
 from kinflow.codec import Features
 from kinflow.confidence import read
 from kinflow.errors import BackendError, FamilyMismatch, LinkError
 from kinflow.link import Answered
 from kinflow.messages import Cancel, Probe, Reply, Request, Served, Tier
-from kinflow.policy import Keep, NoRoute, Offload, Route, decide
+from kinflow.policy import Decision, Keep, NoRoute, Offload, Route, decide
 from kinflow.resort import Resort
 from kinflow.settings import ServerSettings
 from kinflow.uplink import Uplink
@@ -35,6 +36,7 @@ REPLY_RESERVE_S = 0.005
 # How long an idle worker reads before it looks around.
 IDLE_S = 0.5
 NOTHING_ABOVE = NoRoute("no upstream is set", by_choice=True)
+LAST_EXIT = Keep("last exit", degraded=False)
 
 
 class Worker:
@@ -48,6 +50,7 @@ class Worker:
         settings: ServerSettings,
         *,
         publish: Callable[[str, bytes], None],
+        publish_all: Callable[[Sequence[tuple[str, bytes]]], None],
         drive: Callable[[Callable[[], bool], float], None],
         uplinks: Mapping[str, Uplink],
         test_client: str = "",
@@ -57,6 +60,7 @@ class Worker:
         self._node = node
         self._tier = tier
         self._models = dict(models)
+        self._publish_all = publish_all
         self._drive = drive
         self._uplinks = dict(uplinks)
         self._batcher: Batcher[Job] = Batcher(
@@ -176,38 +180,44 @@ class Worker:
             return
         compute_ms = (time.monotonic() - start_s) * 1e3
         self.batches[len(jobs)] += 1
+        answers: list[tuple[str, bytes]] = []
         for position, job in enumerate(jobs):
             reading = read(output.logits[position], model.exit.temperature)
             mine = Computed(job, reading, output.exit, (start_s - job.admitted_s) * 1e3, compute_ms)
             features = None if output.features is None else output.features[position]
             # One request must not take the others of its batch with it.
-            self.desk.guarded(job.request, partial(self._settle, mine, features))
+            self.desk.guarded(job.request, partial(self._settle, mine, features, answers))
+        self._send(answers)
 
-    def _settle(self, mine: Computed, features: Features | None) -> None:
-        """Answer with this exit, or send the features further up."""
+    def _settle(self, mine: Computed, features: Features | None, answers: list[tuple[str, bytes]]) -> None:
+        """Add this exit's answer to `answers`, or send the features further up."""
+        decision: Decision = LAST_EXIT
+        if mine.job.model.next_split is not None:
+            decision = self._decide(mine, mine.job.model.next_split)
+        if isinstance(decision, Keep):
+            request = mine.job.request
+            reply = self._reply(mine, decision)
+            answers.append((topics.reply(request.client), self.desk.finish(request, reply, mine.job.arrived_s)))
+        else:
+            self._escalate(mine, decision, features)
+
+    def _decide(self, mine: Computed, next_split: str) -> Decision:
         model = mine.job.model
-        if model.next_split is None:
-            self._reply(mine, Keep("last exit", degraded=False))
-            return
         uplink = self._uplinks.get(model.family.id)
         confidence, threshold = mine.reading.confidence, model.exit.threshold
         test = self.desk.is_test(mine.job.request)
         if uplink is None or confidence >= threshold or test or not model.leads_up(mine.job.request.split):
             routes: Sequence[Route] | NoRoute = NOTHING_ABOVE
         else:
-            routes = uplink.routes(model.next_split, model.rates_up(mine.job.request.codec, len(mine.job.payload)))
-        decision = decide(confidence, threshold, routes, mine.job.due_s - time.monotonic())
-        if isinstance(decision, Offload) and uplink is not None:
-            self._escalate(mine, uplink, decision, features)
-        elif isinstance(decision, Keep):
-            self._reply(mine, decision)
+            routes = uplink.routes(next_split, model.rates_up(mine.job.request.codec, len(mine.job.payload)))
+        return decide(confidence, threshold, routes, mine.job.due_s - time.monotonic())
 
-    def _escalate(self, mine: Computed, uplink: Uplink, decision: Offload, features: Features | None) -> None:
+    def _escalate(self, mine: Computed, decision: Offload, features: Features | None) -> None:
         request = mine.job.request
         payload = mine.job.payload
         if features is not None:
             payload = mine.job.model.family.codec(decision.route.split, decision.codec).encode(features)
-        resort = uplink.request(decision, request.id, payload, mine.job.due_s - time.monotonic())
+        resort = self._uplinks[mine.job.model.family.id].request(decision, request.id, payload, mine.job.due_s - time.monotonic())
         self.desk.counts["escalated"] += 1
         self._escalated[request.client, request.id] = resort
         resort.add_done_callback(partial(self._relay, mine))
@@ -221,38 +231,28 @@ class Worker:
         try:
             answered = done.result()
         except LinkError as exc:
-            self._reply(mine, Keep(f"{exc.code}: {exc}", degraded=True))
-            return
-        above = answered.reply
-        hops = [mine.hop(self._node, self._tier, answered.bytes_up), *above.hops]
-        self._answer(
-            mine.job,
-            Reply(
-                id=mine.job.request.id,
-                label=above.label,
-                confidence=above.confidence,
-                tier=above.tier,
-                exit=above.exit,
-                degraded=above.degraded,
-                reason=above.reason,
-                hops=hops,
-            ),
+            reply = self._reply(mine, Keep(f"{exc.code}: {exc}", degraded=True))
+        else:
+            hops = [mine.hop(self._node, self._tier, answered.bytes_up), *answered.reply.hops]
+            reply = msgspec.structs.replace(answered.reply, id=request.id, hops=hops)
+        self.desk.answer(request, reply, mine.job.arrived_s)
+
+    def _reply(self, mine: Computed, keep: Keep) -> Reply:
+        """This exit's own."""
+        return Reply(
+            id=mine.job.request.id,
+            label=mine.reading.label,
+            confidence=mine.reading.confidence,
+            tier=self._tier,
+            exit=mine.exit,
+            degraded=keep.degraded,
+            reason=keep.reason[:512],
+            hops=[mine.hop(self._node, self._tier, 0)],
         )
 
-    def _reply(self, mine: Computed, keep: Keep) -> None:
-        self._answer(
-            mine.job,
-            Reply(
-                id=mine.job.request.id,
-                label=mine.reading.label,
-                confidence=min(1.0, mine.reading.confidence),
-                tier=self._tier,
-                exit=mine.exit,
-                degraded=keep.degraded,
-                reason=keep.reason[:512],
-                hops=[mine.hop(self._node, self._tier, 0)],
-            ),
-        )
-
-    def _answer(self, job: Job, reply: Reply) -> None:
-        self.desk.answer(job.request, reply, job.arrived_s)
+    def _send(self, answers: Sequence[tuple[str, bytes]]) -> None:
+        """All at once: each send may hand the interpreter to the network thread, which decodes before it is back."""
+        try:
+            self._publish_all(answers)
+        except LinkError as exc:
+            self.desk.lost(len(answers), exc)

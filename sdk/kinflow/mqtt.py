@@ -139,10 +139,18 @@ class Connection:
         What the socket does not take at once is left to the network thread. Raises LinkError when more than
         MAX_BACKLOG_BYTES wait there.
         """
-        data_bytes = sum(map(len, data))
-        if data_bytes > MAX_FRAME_BYTES:
-            raise FrameError(f"{topic}: {data_bytes} bytes, at most {MAX_FRAME_BYTES} are sent")
-        whole = (packet.publish_header(topic.encode(), data_bytes, retain), *data)
+        self._send((_header(topic, sum(map(len, data)), retain), *data))
+
+    def publish_all(self, messages: Sequence[tuple[str, Buffer]]) -> None:
+        """`publish` several at once, each a (topic, payload): all are sent, or none."""
+        whole: list[Buffer] = []
+        for topic, data in messages:
+            whole += _header(topic, len(data), False), data
+        if whole:
+            self._send((b"".join(whole),))
+
+    def _send(self, whole: Sequence[Buffer]) -> None:
+        """One packet in parts, or several whole ones as one part."""
         with self._write_lock:
             if self._socket is None:
                 raise LinkLost(f"not connected to {self.address}")
@@ -348,3 +356,9 @@ class Connection:
             fn(*args)
         except Exception:
             log.exception("%s: %s failed", self.client_id, fn)
+
+
+def _header(topic: str, data_bytes: int, retain: bool) -> bytes:
+    if data_bytes > MAX_FRAME_BYTES:
+        raise FrameError(f"{topic}: {data_bytes} bytes, at most {MAX_FRAME_BYTES} are sent")
+    return packet.publish_header(topic.encode(), data_bytes, retain)
