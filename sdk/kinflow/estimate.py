@@ -70,40 +70,46 @@ class Estimator:
         before = self.now
         service_s = max(0.0, server_s - queue_s)
         self._missed.append(took_s - queue_s - (before.expected_s(size_bytes) - before.queue_s))
-        self.now = replace(
-            before,
-            loss=before.loss * (1 - SMOOTHING),
-            queue_s=queue_s,
-            service_s=_towards(before.service_s, service_s) if self._heard else service_s,
-            spread_s=max(0.0, _quantile(self._missed)),
+        round_trip_s, s_per_byte = self._way(size_bytes, max(0.0, took_s - server_s))
+        self.now = LinkEstimate(
+            round_trip_s,
+            s_per_byte,
+            before.loss * (1 - SMOOTHING),
+            queue_s,
+            _towards(before.service_s, service_s) if self._heard else service_s,
+            max(0.0, _quantile(self._missed)),
         )
-        self._way(size_bytes, max(0.0, took_s - server_s))
         self._heard = True
 
     def echoed(self, size_bytes: int, took_s: float, queue_s: float) -> None:
         """A probe of this size came back: it did not queue and was not computed."""
-        self.now = replace(self.now, loss=self.now.loss * (1 - SMOOTHING), queue_s=queue_s)
-        self._way(size_bytes, took_s)
+        round_trip_s, s_per_byte = self._way(size_bytes, took_s)
+        loss = self.now.loss * (1 - SMOOTHING)
+        self.now = replace(
+            self.now, round_trip_s=round_trip_s, s_per_byte=s_per_byte, loss=loss, queue_s=queue_s
+        )
 
     def unanswered(self, size_bytes: int, waited_s: float) -> None:
         """Nothing came for `waited_s`: the request is lost, or it takes at least that long."""
         self.now = replace(self.now, loss=_towards(self.now.loss, 1.0))
         if waited_s > self.now.expected_s(size_bytes):
-            self._way(size_bytes, max(0.0, waited_s - self.now.queue_s - self.now.service_s))
+            way_s = max(0.0, waited_s - self.now.queue_s - self.now.service_s)
+            round_trip_s, s_per_byte = self._way(size_bytes, way_s)
+            self.now = replace(self.now, round_trip_s=round_trip_s, s_per_byte=s_per_byte)
 
     def reported(self, queue_s: float) -> None:
         """The node said how long its queue is: in its status, or being busy."""
         self.now = replace(self.now, queue_s=queue_s)
 
-    def _way(self, size_bytes: int, way_s: float) -> None:
+    def _way(self, size_bytes: int, way_s: float) -> tuple[float, float]:
+        """Round trip and seconds per byte, after a message of this size took `way_s` there and back."""
         now = self.now
         if size_bytes < SMALL_BYTES:
             sample_s = max(0.0, way_s - size_bytes * now.s_per_byte)
-            self.now = replace(now, round_trip_s=_towards(now.round_trip_s, sample_s) if self._way_known else sample_s)
-            self._way_known = True
-        else:
-            per_byte_s = max(0.0, way_s - now.round_trip_s) / size_bytes
-            self.now = replace(now, s_per_byte=_towards(now.s_per_byte, per_byte_s))
+            known, self._way_known = self._way_known, True
+            return _towards(now.round_trip_s, sample_s) if known else sample_s, now.s_per_byte
+        per_byte_s = max(0.0, way_s - now.round_trip_s) / size_bytes
+        return now.round_trip_s, _towards(now.s_per_byte, per_byte_s)
 
 
 def _towards(average: float, sample: float) -> float:

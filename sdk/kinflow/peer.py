@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from kinflow.breaker import Breaker
-from kinflow.errors import LinkTimeout, RequestCancelled, ServerBusy, ServerFailed, SessionLimit, SessionLost
+from kinflow.errors import (
+    LinkError,
+    LinkTimeout,
+    RequestCancelled,
+    ServerBusy,
+    ServerFailed,
+    SessionLimit,
+    SessionLost,
+)
 from kinflow.estimate import Estimator, LinkEstimate
 from kinflow.frame import Buffer
 from kinflow.link import Answered, Echoed, Link, R
@@ -105,27 +113,34 @@ class Peer:
 
     def _learn(self, sent_s: float, size_bytes: int, late_s: float, future: Future[Answered[R]]) -> None:
         now_s = time.monotonic()
-        error = future.exception()
+        try:
+            answered = future.result()
+        except LinkError as error:
+            with self._lock:
+                self._learn_from_error(error, size_bytes, now_s - sent_s, late_s, now_s)
+            return
+        hops = answered.reply.hops
+        server_s, queue_s = (hops[0].total_ms / 1e3, hops[0].queue_ms / 1e3) if hops else (0.0, 0.0)
         with self._lock:
-            if error is None:
-                answered = future.result()
-                hops = answered.reply.hops
-                server_s, queue_s = (hops[0].total_ms / 1e3, hops[0].queue_ms / 1e3) if hops else (0.0, 0.0)
-                if answered.attempts == 1:  # else it is no sample: Karn's rule, RFC 6298
-                    self._estimator.replied(answered.bytes_up, answered.round_trip_s, server_s, queue_s)
-                self._succeeded(now_s)
-            elif isinstance(error, ServerBusy):
-                self._estimator.reported(error.queue_ms / 1e3)
-                self._succeeded(now_s)
-            elif isinstance(error, ServerFailed):
-                if error.failure_code in SESSION_CODES:
-                    self._succeeded(now_s)  # nothing is wrong with the node
-                else:
-                    self._failed(now_s)
-            elif isinstance(error, (LinkTimeout, RequestCancelled)) and now_s - sent_s >= late_s:
-                # One that had less time than its usual ones take has not failed.
-                self._estimator.unanswered(size_bytes, now_s - sent_s)
+            if answered.attempts == 1:  # else it is no sample: Karn's rule, RFC 6298
+                self._estimator.replied(answered.bytes_up, answered.round_trip_s, server_s, queue_s)
+            self._succeeded(now_s)
+
+    def _learn_from_error(
+        self, error: LinkError, size_bytes: int, waited_s: float, late_s: float, now_s: float
+    ) -> None:
+        if isinstance(error, ServerBusy):
+            self._estimator.reported(error.queue_ms / 1e3)
+            self._succeeded(now_s)
+        elif isinstance(error, ServerFailed):
+            if error.failure_code in SESSION_CODES:
+                self._succeeded(now_s)  # nothing is wrong with the node
+            else:
                 self._failed(now_s)
+        elif isinstance(error, (LinkTimeout, RequestCancelled)) and waited_s >= late_s:
+            # One that had less time than its usual ones take has not failed.
+            self._estimator.unanswered(size_bytes, waited_s)
+            self._failed(now_s)
 
     def _learn_from_probe(self, future: Future[Echoed]) -> None:
         now_s = time.monotonic()
@@ -147,7 +162,8 @@ class Peer:
 
     def _succeeded(self, now_s: float) -> None:
         self._heard_s = now_s
-        self.breaker = self.breaker.succeeded()
+        if self.breaker.failures:
+            self.breaker = self.breaker.succeeded()
 
     def _failed(self, now_s: float) -> None:
         self.breaker = self.breaker.failed(now_s, random.random())

@@ -37,10 +37,12 @@ class Resort(Future[Answered[Reply]]):
         self._attempts: list[Attempt] = []
         self._exhausted = False
         self._over = False
-        self._error: BaseException = LinkLost("the node that was chosen is gone, and there is no other")
+        self._error: LinkError | None = None
         self.story = ""
         """What happened on the way, unless the first node simply answered."""
-        self.set_running_or_notify_cancel()  # from now on cancel() does nothing
+
+    def cancel(self) -> bool:
+        return False
 
     def begin(self) -> Resort:
         """Ask the first node."""
@@ -87,11 +89,13 @@ class Resort(Future[Answered[Reply]]):
             return timeout_s
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
         until_s = self._deadline_s if give_up_s is None else min(give_up_s, self._deadline_s)
-        while not self.done() and (now_s := time.monotonic()) < until_s:
-            attempt = self._attempts[-1]
+        while (attempts := self._attempts) and not self.done() and (now_s := time.monotonic()) < until_s:
+            attempt = attempts[-1]
             next_s = until_s if self._exhausted else max(now_s, min(attempt.late_s, until_s))
-            if len(self._attempts) == 1:
+            if len(attempts) == 1:
                 attempt.peer.link.connection.drive(attempt.future.done, next_s)
+                if self.done():
+                    break
             with contextlib.suppress(FutureTimeoutError):
                 super().exception(max(0.0, min(next_s - time.monotonic(), SLICE_S)))
             if attempt is self._latest and (time.monotonic() >= attempt.late_s or not attempt.peer.link.connected):
@@ -119,19 +123,22 @@ class Resort(Future[Answered[Reply]]):
             if all(each.future.done() for each in self._attempts):
                 self._end(None)
             return False
-        attempt.future.add_done_callback(partial(self._on_end, attempt))
+        attempt.future.add_done_callback(partial(self._on_end, attempt.peer.node))
         return True
 
-    def _on_end(self, attempt: Attempt, future: Future[Answered[Reply]]) -> None:
-        error = future.exception()
-        if error is None:
-            self._end(future.result())
+    def _on_end(self, node: str, future: Future[Answered[Reply]]) -> None:
+        try:
+            answered = future.result()
+        except LinkError as exc:
+            error = exc
+        else:
+            self._end(answered)
             return
         with self._lock:
             if self._over:
                 return
             self._error = error
-            self._tell(f"{attempt.peer.node}: {getattr(error, 'code', 'internal')}")
+            self._tell(f"{node}: {error.code}")
             under_way = any(not each.future.done() for each in self._attempts)
         if not under_way and not self._ask_next():
             self._end(None)
@@ -142,8 +149,10 @@ class Resort(Future[Answered[Reply]]):
                 return
             self._over = True
             others = [attempt for attempt in self._attempts if not attempt.future.done()]
+            # Their futures call this: a circle, and what they hold would wait for the garbage collector.
+            self._attempts = []
         if answered is None:
-            self.set_exception(self._error)
+            self.set_exception(self._error or LinkLost("the node that was chosen is gone, and there is no other"))
         else:
             self.set_result(answered)
         for attempt in others:

@@ -138,7 +138,8 @@ class Uplink:
             found.append((self._tiers.index(status.tier), cost_s, peer.node, route))
         if not found:
             return NoRoute(refusal or self._nobody())
-        found.sort(key=lambda entry: entry[:3])
+        if len(found) > 1:
+            found.sort(key=lambda entry: entry[:3])
         return [entry[3] for entry in found]
 
     def request(self, offload: Offload, request_id: bytes, payload: Buffer, remaining_s: float) -> Resort:
@@ -192,9 +193,10 @@ class Uplink:
                     found = f"{served.family} {served.version}"
                     return (), f"{status.node} serves {found}, this is {self._family.version}"
                 taken = served.splits.get(split, [])
-                fitting = tuple(rate for rate in rates if rate.codec in taken)
+                if fitting := tuple([rate for rate in rates if rate.codec in taken]):
+                    return fitting, ""
                 wanted = " or ".join(rate.codec for rate in rates)
-                return fitting, "" if fitting else f"{status.node} does not take {wanted} at split {split}"
+                return (), f"{status.node} does not take {wanted} at split {split}"
         return (), f"{status.node} does not serve {self._family.id}"
 
     def _nobody(self) -> str:
