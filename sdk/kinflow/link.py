@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import threading
 import time
@@ -116,6 +117,8 @@ class _Awaited(Future[Any]):
         self.sent_s = time.monotonic()
         self.deadline_s = self.sent_s + timeout_s
         self.repeat_after_s = repeat_after_s
+        self.due_s = self.deadline_s
+        """When it is to be looked after again, unless the reply comes."""
         self.bytes_up = 0
         self.attempts = 0
         self.repeated = False  # it was published again for want of a reply, on the present connection
@@ -169,6 +172,8 @@ class Link:
         self._waiting: dict[bytes, _Awaited] = {}
         self._nodes: dict[str, NodeStatus] = {}
         self._counters = LinkCounters()
+        self._look_s = math.inf
+        """When the requests in flight are looked after next. One call for all: most are answered before."""
         self.heard_s = time.monotonic()
         """When anything came last (time.monotonic())."""
         self.connection = Connection(
@@ -291,7 +296,7 @@ class Link:
             if self._forget(future.request.id) is not None:
                 future.set_exception(exc)
             return future
-        self._call_at_silence(future)
+        self._expect_silence(future)
         return future
 
     def _remember(self, future: _Awaited) -> None:
@@ -325,24 +330,43 @@ class Link:
         except LinkError as exc:
             log.debug("request %s: %s", future.request.id.hex(), exc)
 
-    # Network thread: time passes. Timers hold the id alone: a payload lives no longer than its request.
+    # Network thread: time passes
 
-    def _call_at_silence(self, future: _Awaited) -> None:
-        # One timer now, the one of the deadline when it fires: most requests are answered before.
+    def _expect_silence(self, future: _Awaited) -> None:
         now_s = time.monotonic()
         patience_s = max(future.repeat_after_s, (future.deadline_s - now_s) / 3)
-        on_timer = functools.partial(self._on_timer, future.request.id)
-        self.connection.call_at(min(now_s + patience_s, future.deadline_s), on_timer)
+        with self._lock:
+            future.due_s = min(now_s + patience_s, future.deadline_s)
+            self._look_by(future.due_s)
 
-    def _on_timer(self, request_id: bytes) -> None:
-        future = self._waiting.get(request_id)
-        if future is None:
-            return
-        if time.monotonic() < future.deadline_s:
+    def _look_by(self, when_s: float) -> None:
+        """Under the lock: look no later than that."""
+        if when_s < self._look_s:
+            self._look_s = when_s
+            self.connection.call_at(when_s, functools.partial(self._look, when_s))
+
+    def _look(self, when_s: float) -> None:
+        """Look after the requests that were silent for too long."""
+        with self._lock:
+            if when_s != self._look_s:
+                return  # an earlier look was called for since
+            self._look_s = math.inf
+            now_s = time.monotonic()
+            silent = [future for future in self._waiting.values() if future.due_s <= now_s]
+        try:
+            for future in silent:
+                self._on_silence(future, now_s)
+        finally:
+            with self._lock:
+                self._look_by(min((future.due_s for future in self._waiting.values()), default=math.inf))
+
+    def _on_silence(self, future: _Awaited, now_s: float) -> None:
+        request_id = future.request.id
+        if now_s < future.deadline_s:
+            future.due_s = future.deadline_s
             if not future.repeated and self.connected:
                 future.repeated = True
                 self._publish_again(future)
-            self.connection.call_at(future.deadline_s, functools.partial(self._on_timer, request_id))
         elif self._forget(request_id) is not None:
             self._counters.timed_out += 1
             log.debug("request %s: no reply in time, %d attempts", request_id.hex(), future.attempts)
@@ -364,7 +388,7 @@ class Link:
         for future in orphans:
             future.orphaned = future.repeated = False
             self._publish_again(future)
-            self._call_at_silence(future)
+            self._expect_silence(future)
 
     # The thread that reads: messages come in
 
