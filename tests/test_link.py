@@ -235,6 +235,30 @@ def test_silence_ends_at_the_deadline(broker: TestBroker, link: Link, deadline_m
     assert deadline_ms / 1e3 <= took_s < deadline_ms / 1e3 + LATE_S
 
 
+def test_each_request_has_its_own_deadline(broker: TestBroker, link: Link) -> None:
+    """One timer looks after all: whatever their order, they are repeated and end as if they were alone."""
+    deadlines_s = (1.2, 0.3, 0.9, 0.6)
+    ended: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
+    with Server(broker.address, keep_silent) as server:
+        start_s = time.monotonic()
+        for number, deadline_s in enumerate(deadlines_s):
+            future = link.request(TOPIC, make(link, int(deadline_s * 1e3)), b"x")
+            future.add_done_callback(lambda _, number=number: ended.put((number, time.monotonic() - start_s)))
+        for number in (1, 3, 2, 0):
+            first, took_s = ended.get(timeout=5)
+            assert first == number
+            assert deadlines_s[number] <= took_s < deadlines_s[number] + LATE_S
+        assert len(server.seen) == 2 * len(deadlines_s)
+
+
+def test_answered_requests_leave_no_timers(broker: TestBroker, link: Link) -> None:
+    """However many were answered, their network thread has one call to make."""
+    with Server(broker.address, answer):
+        for _ in range(50):
+            link.request(TOPIC, make(link), b"x").result()
+    assert len(link.connection._timers._heap) == 1
+
+
 def test_a_request_without_reply_is_repeated_once(broker: TestBroker, link: Link) -> None:
     """A lost request goes out again after a third of its deadline: same id, less time left, both counted."""
 

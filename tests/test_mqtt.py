@@ -127,6 +127,17 @@ def test_what_is_published_arrives(broker: TestBroker, size: int) -> None:
         assert listener.received.get(timeout=10) == (f"size/{size}", data)
 
 
+def test_several_are_published_at_once(broker: TestBroker) -> None:
+    """All arrive, in order, on their own topics; one that is too large lets none out."""
+    messages = [(f"all/{number}", bytes((number,)) * size) for number, size in enumerate((0, 1, 300, 70_000))]
+    with Listener(broker.address, "all/+") as listener:
+        with pytest.raises(FrameError, match="at most"):
+            listener.connection.publish_all([("all/lost", b""), ("all/large", bytes(MAX_FRAME_BYTES + 1))])
+        listener.connection.publish_all([])
+        listener.connection.publish_all(messages)
+        assert [listener.received.get(timeout=10) for _ in messages] == messages
+
+
 def test_too_much_is_refused(broker: TestBroker) -> None:
     """One byte over the limit is a FrameError, and the connection goes on."""
     with Listener(broker.address, "limit") as listener:

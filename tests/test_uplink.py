@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -198,6 +199,22 @@ def test_a_request_reaches_its_node_and_teaches_the_way(broker: TestBroker, own_
     assert 4000 < request.deadline_ms <= 5000
     assert answered.attempts == 1
     assert after.expected_s(200) > 0.1
+
+
+def test_a_request_leaves_no_garbage(broker: TestBroker, own_family: Family, uplink: Uplink) -> None:
+    """What it held is freed with it, its payload too, and not only when the garbage collector comes."""
+    with Echoing(broker.address, own_family, "edge-1"):
+        assert found(uplink)
+        assert ask(uplink).result().reply.label == 0
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                ask(uplink).result()
+            left = [each for each in gc.get_objects() if isinstance(each, Resort)]
+        finally:
+            gc.enable()
+    assert len(left) <= 1
 
 
 def test_a_silent_node_is_helped_out_by_the_next_and_told(

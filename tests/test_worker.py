@@ -387,6 +387,7 @@ def test_batches_form_under_load(family: Family, features: dict[str, np.ndarray]
             label, confidence = bench.expected(number)
             assert (reply.label, reply.confidence) == (label, pytest.approx(confidence, abs=1e-4))
         assert bench.worker.batches == {1: 1, 4: 2, 2: 1}
+        assert bench.wire.batches == [1, 4, 4, 2]  # its answers leave together
 
 
 def test_a_batch_may_mix_splits(chain: tuple[Family, dict[str, np.ndarray]]) -> None:

@@ -1,7 +1,8 @@
 """The worker that edge and cloud servers share: admits requests, batches, computes, answers or escalates.
 
 The network thread unpacks, decodes and admits; one thread of the worker's own runs the graphs and answers.
-What it needs of the outside comes in: `publish`, `publish_all` and `drive` (Connection's), `uplinks`. It owns no socket.
+What it needs of the outside comes in as `publish`, `publish_all`, `drive` (Connection's) and `uplinks`: it owns no
+socket.
 """
 
 from __future__ import annotations
@@ -217,7 +218,8 @@ class Worker:
         payload = mine.job.payload
         if features is not None:
             payload = mine.job.model.family.codec(decision.route.split, decision.codec).encode(features)
-        resort = self._uplinks[mine.job.model.family.id].request(decision, request.id, payload, mine.job.due_s - time.monotonic())
+        uplink = self._uplinks[mine.job.model.family.id]
+        resort = uplink.request(decision, request.id, payload, mine.job.due_s - time.monotonic())
         self.desk.counts["escalated"] += 1
         self._escalated[request.client, request.id] = resort
         resort.add_done_callback(partial(self._relay, mine))

@@ -85,9 +85,7 @@ class Estimator:
         """A probe of this size came back: it did not queue and was not computed."""
         round_trip_s, s_per_byte = self._way(size_bytes, took_s)
         loss = self.now.loss * (1 - SMOOTHING)
-        self.now = replace(
-            self.now, round_trip_s=round_trip_s, s_per_byte=s_per_byte, loss=loss, queue_s=queue_s
-        )
+        self.now = replace(self.now, round_trip_s=round_trip_s, s_per_byte=s_per_byte, loss=loss, queue_s=queue_s)
 
     def unanswered(self, size_bytes: int, waited_s: float) -> None:
         """Nothing came for `waited_s`: the request is lost, or it takes at least that long."""

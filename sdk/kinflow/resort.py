@@ -81,7 +81,8 @@ class Resort(Future[Answered[Reply]]):
 
     @property
     def _latest(self) -> Attempt | None:
-        return self._attempts[-1] if self._attempts and not self._exhausted else None
+        attempts = self._attempts  # another thread may end it meanwhile
+        return attempts[-1] if attempts and not self._exhausted else None
 
     def _wait(self, timeout_s: float | None) -> float | None:
         """Read the socket while one node alone was asked; ask the next when it is late. What is left of the timeout."""
