@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kinflow import topics
+from kinflow import idx, topics
 from kinflow.codec import Features
 from kinflow.errors import LinkError
 from kinflow.family import Family
@@ -19,12 +19,14 @@ from kinflow.fleet import Fleet
 from kinflow.link import Link
 from kinflow.messages import Request
 from kinflow.mqtt import BrokerAddress
+from kinflow.preprocess import Preprocessor
 from kinflow_bench.timing import spread
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 BARE_S = 0.4
 LOAD_S = 2.0
 IN_FLIGHT = 64
+SAMPLES = "samples/images-idx3-ubyte.gz"
 
 
 def run(bundle: Path, rounds: int, batch_size: int, batch_wait_ms: float, broker_kind: str) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def run(bundle: Path, rounds: int, batch_size: int, batch_wait_ms: float, broker
     split = family.manifest.segments[family.manifest.members["device"].segments[-1]].split
     if split is None:
         raise LinkError(f"{bundle}: the device member ends without a split, so nothing can be offloaded")
-    features = _features(family, split)
+    features = _features(family, split, bundle.parent / SAMPLES)
     bare: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     served: list[float] = []
     options = (
@@ -71,12 +73,17 @@ def run(bundle: Path, rounds: int, batch_size: int, batch_wait_ms: float, broker
     }
 
 
-def _features(family: Family, split: str) -> Features:
-    """Features of random images, as the server gets them: [32, channels, height, width]."""
+def _features(family: Family, split: str, samples: Path) -> Features:
+    """Features as the server gets them: [32, channels, height, width], of the family's samples or of noise."""
     codec = family.codec(split)
     spec = family.manifest.preprocess
-    images = np.random.default_rng(0).normal(0, 1, (max(BATCHES), len(spec.mean), spec.height, spec.width))
-    output = family.member("device").run(images.astype(np.float32))
+    if samples.is_file():
+        prepare = Preprocessor(spec)
+        images = np.concatenate([prepare(image) for image in idx.read(samples, axes=3)[: max(BATCHES)]])
+    else:
+        shape = max(BATCHES), len(spec.mean), spec.height, spec.width
+        images = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
+    output = family.member("device").run(images)
     assert output.features is not None
     return np.stack([codec.decode(codec.encode(item)) for item in output.features])
 
@@ -109,8 +116,8 @@ class _Load:
     def run(self, seconds: float) -> float:
         """Answered requests per second.
 
-        Each reply's thread sends the next request: a generator that hands every reply to another thread takes
-        twice the time, on the cores that the server is to be measured on.
+        Each reply's thread sends the next request: the generator shares the cores with the server, so it does
+        not hand replies from thread to thread.
         """
         answered = 0
         left = IN_FLIGHT
