@@ -11,7 +11,7 @@ from kinflow.errors import CodecError
 from kinflow.text.cache import MASKED, Cache, stack
 from kinflow.text.codec import F16Codec, Int8Codec, open_codec
 from kinflow.text.manifest import TokenCodec
-from kinflow.text.sampling import GREEDY, Sampling, choose, noise
+from kinflow.text.sampling import GREEDY, Sampling, _nucleus, certain, choose, noise
 
 WIDTH = 24
 
@@ -163,3 +163,37 @@ def test_drafter_and_verifier_agree_on_equal_logits(seed: int, position: int) ->
     sampling = Sampling(0.8, 1.0, seed)
     mine, theirs = choose(logits, sampling, position), choose(other, sampling, position)
     assert mine.token == theirs.token or mine.margin < 3e-3
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
+def test_the_nucleus_is_what_sorting_all_gives(spread: float, top_p: float) -> None:
+    """However many tokens it takes, and with equal ones at its edge."""
+    scaled = np.round(np.random.default_rng(4).normal(size=6000), 2) * spread
+    order = np.argsort(-scaled, kind="stable")
+    terms = np.exp(scaled - scaled.max())
+    kept = order[: int(np.searchsorted(np.cumsum(terms[order]) / terms.sum(), top_p)) + 1]
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(_nucleus(scaled, top_p))), np.sort(kept))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.5])
+def test_what_is_certain_no_error_changes(temperature: float, top_p: float) -> None:
+    """Logits off by the bound, at random and against the token: it stays. Often enough it is certain, and not always."""
+    random = np.random.default_rng(5)
+    bound = 0.02
+    found = 0
+    for position in range(300):
+        sampling = Sampling(temperature, top_p, 3)
+        logits = (random.normal(size=400) * 2).astype(np.float32)
+        token = choose(logits, sampling, position).token
+        if not certain(logits, sampling, position, bound):
+            continue
+        found += 1
+        # One error helps the others against the token, one pushes it out of the nucleus by its neighbours.
+        against = np.where(np.arange(400) == token, -bound, bound)
+        neighbours = np.where(np.abs(logits - logits[token]) < 3 * bound, bound, -bound)
+        neighbours[token] = -bound
+        for off in (against, neighbours, -neighbours, *random.choice([-bound, bound], (10, 400))):
+            assert choose((logits + off).astype(np.float32), sampling, position).token == token
+    assert 30 < found < 300

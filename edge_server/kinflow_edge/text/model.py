@@ -184,8 +184,8 @@ class ServedText:
         end = verify.start + verify.count
         if not verify.start <= verify.confirmed <= end:
             raise InputError(f"confirmed is {verify.confirmed}, the positions sent are {verify.start} to {end - 1}")
-        if end >= self.family.manifest.context:
-            raise InputError(f"position {end - 1} leaves no room in a context of {self.family.manifest.context}")
+        if end > self.family.manifest.context:
+            raise InputError(f"position {end - 1} is beyond the context of {self.family.manifest.context}")
         if end - verify.confirmed > MAX_DRAFTS:
             raise InputError(f"{end - verify.confirmed} drafts, at most {MAX_DRAFTS} are verified at once")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kinflow.text.sampling import Choice, Sampling, choose
+from kinflow.text.sampling import Choice, Sampling, certain, choose
 from kinflow_edge.text.model import Array, Ids
 
 
@@ -17,25 +17,30 @@ class Ruling(NamedTuple):
 
     choices: tuple[Choice, ...]
     """The server's own, of each draft that stands and of the position after them."""
-    margin: float
-    """The smallest of theirs: an error of less than half of it in the logits changes nothing."""
+    doubtful: bool
+    """Logits that are off by as much as the bound could have decided otherwise."""
 
     @property
     def accepted(self) -> int:
         return len(self.choices) - 1
 
 
-def rule(drafts: Ids, confirmed: int, logits: Array, sampling: Sampling, known: Choice | None = None) -> Ruling:
+def rule(
+    drafts: Ids, confirmed: int, logits: Array, sampling: Sampling, known: Choice | None = None, bound: float = 0.0
+) -> Ruling:
     """Walk the drafts, whose first position is `confirmed`, as far as they stand.
 
     `logits`: [positions, vocabulary], of the positions from `confirmed` to the one after the last draft; without the
-    first one where its choice is `known`.
+    first one where its choice is `known`. `bound`: by how much each may be off.
     """
     choices: list[Choice] = [] if known is None else [known]
     missing = len(choices)
+    doubtful = False
     for at in range(len(drafts) + 1):
         if at >= missing:
-            choices.append(choose(logits[at - missing], sampling, confirmed + at))
+            row = logits[at - missing]
+            choices.append(choose(row, sampling, confirmed + at))
+            doubtful = doubtful or (bound > 0 and not certain(row, sampling, confirmed + at, bound))
         if at == len(drafts) or drafts[at] != choices[at].token:
             break
-    return Ruling(tuple(choices), min(choice.margin for choice in choices[missing:] or choices))
+    return Ruling(tuple(choices), doubtful)

@@ -188,9 +188,10 @@ class Stages:
     def _rule(self, job: Job, logits: Array) -> None:
         session, verify = job.session, job.verify
         assert session is not None
-        ruling = rule(job.drafts, verify.confirmed, logits, job.sampling, session.recall(job))
-        bound = 2 * job.model.family.manifest.margin_bound
-        if job.stage == "verify" and verify.exact and verify.split != IDS and ruling.margin < bound:
+        coded = verify.exact and verify.split != IDS and job.stage == "verify"
+        bound = job.model.family.manifest.margin_bound if coded else 0.0
+        ruling = rule(job.drafts, verify.confirmed, logits, job.sampling, session.recall(job), bound)
+        if ruling.doubtful:
             if IDS in job.model.sources:
                 self._redo(job, session)
                 return
@@ -214,8 +215,7 @@ class Stages:
         last = ruling.choices[-1]
         degraded = bool(job.why)
         position = job.verify.confirmed + ruling.accepted
-        # What was decided once is decided: its margin does not matter any more.
-        said = Said(position, job.sampling, exit_name, last._replace(margin=math.inf))
+        said = Said(position, job.sampling, exit_name, last)
         verdict = Verdict(
             id=job.verify.id,
             accepted=ruling.accepted,

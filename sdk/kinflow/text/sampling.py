@@ -30,6 +30,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
 
 GREEDY = Sampling()
+# How many of the likeliest tokens are sorted first to find a nucleus.
+SORTED = (256, 4096)
 
 
 class Choice(NamedTuple):
@@ -54,6 +56,33 @@ def choose(logits: Array, sampling: Sampling, position: int) -> Choice:
     return Choice(token, _probability(scaled, token), margin * sampling.temperature)
 
 
+def certain(logits: Array, sampling: Sampling, position: int, bound: float) -> bool:
+    """Whether the token at `position` would be the same if each logit were off by up to `bound`.
+
+    The sum that was taken must be above each other one by what both may be off. With `top_p` it must also be in the
+    nucleus surely, and above all that may be in it: a share changes by a factor of exp(2 * bound / temperature) at the
+    most, and tokens whose logits are closer than twice the bound may change places.
+    """
+    if sampling.temperature == 0 or sampling.top_p >= 1:
+        return choose(logits, sampling, position).margin >= 2 * bound
+    scaled = np.asarray(logits, np.float64) / sampling.temperature
+    off = 2 * bound / sampling.temperature
+    for wanted in (0.5 + 0.5 * sampling.top_p, 1.0):
+        order, share = _likeliest(scaled, wanted)
+        falling = -scaled[order]
+        before = np.concatenate([[0.0], share])
+        # The share of those that are before each one surely, and with those that are perhaps.
+        surely = before[np.searchsorted(falling, falling - off, side="left")]
+        perhaps = before[np.searchsorted(falling, falling + off, side="right")]
+        outside = surely * np.exp(-off) >= sampling.top_p
+        possible = order[~outside]
+        best, margin = _largest(scaled[possible] + noise(sampling.seed, position, len(scaled))[possible])
+        if outside[-1] and falling[best] + off < falling[-1]:
+            break  # none of the others matters
+    own = share[best] - before[best]
+    return bool(margin >= off and (perhaps[best] - own) * np.exp(off) < sampling.top_p)
+
+
 def noise(seed: int, position: int, vocabulary: int) -> npt.NDArray[np.float64]:
     """Standard Gumbel noise: -log(-log(u)) with u from a counter-based generator (Philox, Salmon et al., 2011)."""
     bits = np.random.Philox(key=seed, counter=[0, 0, 0, position]).random_raw(vocabulary)
@@ -75,10 +104,26 @@ def _probability(values: npt.NDArray[np.floating], token: int) -> float:
 
 def _nucleus(scaled: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.float64]:
     """All but the nucleus at -inf."""
-    order = np.argsort(-scaled, kind="stable")
-    terms = np.exp(scaled[order] - scaled[order[0]])
-    share = np.cumsum(terms) / terms.sum()
+    order, share = _likeliest(scaled, top_p)
     kept = order[: int(np.searchsorted(share, top_p)) + 1]
     nucleus = np.full_like(scaled, -np.inf)
     nucleus[kept] = scaled[kept]
     return nucleus
+
+
+def _likeliest(scaled: npt.NDArray[np.float64], wanted: float) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """The largest, of equal ones the lowest id first, and the share that each has with all before it.
+
+    As many as have the share `wanted`, and more: sorting all of them takes longer than a small model's layers.
+    """
+    terms = np.exp(scaled - scaled.max())
+    total = terms.sum()
+    for most in (*SORTED, len(scaled)):
+        among = np.arange(len(scaled))
+        if most < len(scaled):
+            among = np.flatnonzero(scaled >= np.partition(scaled, -most)[-most])
+        order = among[np.argsort(-scaled[among], kind="stable")]
+        share = np.cumsum(terms[order]) / total
+        if share[-1] >= wanted:
+            break
+    return order, share
