@@ -179,7 +179,7 @@ def test_the_nucleus_is_what_sorting_all_gives(spread: float, top_p: float) -> N
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.5])
 def test_what_is_certain_no_error_changes(temperature: float, top_p: float) -> None:
-    """Logits off by the bound, at random and against the token: it stays. Often enough it is certain, and not always."""
+    """Logits off by the bound, at random and against the token: it stays. It is often certain, and not always."""
     random = np.random.default_rng(5)
     bound = 0.02
     found = 0
