@@ -317,6 +317,23 @@ def test_a_first_draft_may_be_judged_by_the_last_verdict(bench: Bench) -> None:
     assert lost.code == "session-lost"
 
 
+def test_a_verdict_that_was_lost_is_asked_for_again(bench: Bench) -> None:
+    """Under a new id, over the same positions, with other drafts: all of them are judged by what was sent now."""
+    expected = plain(bench.family, PROMPT, 8, codecs={"s1": "int8"})
+    writer = bench.writer()
+    writer.begin(PROMPT)
+    start, confirmed = len(writer._coded), len(writer.tokens)
+    for drafts, accepted in (([3, 4, 5], 0), (expected[1:4], 3)):
+        writer._lower.crop(start)
+        writer._branch.crop(start)
+        del writer._coded[start:], writer.tokens[confirmed:]
+        writer._add(writer.tokens[start:])
+        for draft in drafts:
+            writer._add([draft], new=True)
+        verdict = bench.ask(*writer.request(start, confirmed))
+        assert (verdict.accepted, verdict.token) == (accepted, expected[accepted + 1])
+
+
 def test_idle_sessions_expire(family: TextFamily) -> None:
     """Their caches are freed without a word from the client."""
     with at_work(family, sessions={"idle_s": 0.3}) as bench:

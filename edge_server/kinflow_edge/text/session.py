@@ -74,7 +74,9 @@ class Session:
         self.tokens = np.concatenate([self.tokens, job.tokens])
 
     def recall(self, job: Job) -> Choice | None:
-        """The last verdict's own token, where the job's first draft is for its position."""
+        """The last verdict's own token, where the job begins with a draft for its position."""
+        if job.verify.start < job.verify.confirmed:
+            return None
         key = job.verify.confirmed, job.sampling, job.verify.exit
         return self.said.choice if self.said is not None and self.said[:3] == key else None
 
