@@ -166,8 +166,11 @@ def test_a_prompt_of_ids_is_not_computed_twice(tmp_path: Path, tiny: Path, famil
     with at_work(TextFamily.load(shy)) as bench:
         writer = bench.writer(codec="f16", exact=True)
         writer._add(PROMPT)
-        verify, _ = writer.request(0, len(PROMPT), split=IDS, codec=IDS)
-        writer.take(bench.ask(verify, np.array(PROMPT, "<u4").tobytes()), len(PROMPT))
+        # Two drafts that nothing says: what was computed of them counts no more.
+        sent = [*PROMPT, 3, 4]
+        verify, _ = writer.request(0, len(PROMPT), split=IDS, codec=IDS, count=len(sent))
+        writer.take(bench.ask(verify, np.array(sent, "<u4").tobytes()), len(PROMPT))
+        assert writer.verdicts[0].accepted == 0
         verdict = writer.step()
         assert verdict.layer_tokens == (4 + 6) * 4
         assert writer.write(PROMPT, 20) == plain(family, PROMPT, 20, device="float")

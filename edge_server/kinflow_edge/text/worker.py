@@ -6,6 +6,7 @@ The network thread unpacks, decodes and admits; one thread of the worker's own h
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -36,6 +37,8 @@ REPLY_RESERVE_S = 0.005
 # How often an idle worker looks after its sessions, and after what it asked the tier above.
 IDLE_S = 0.5
 ASKED_S = 0.05
+# What was admitted and is not through by then, a server that stops leaves.
+CLOSE_S = 10.0
 # What a usual verification needs, for whoever asks how long the queue is.
 USUAL_POSITIONS = 4
 
@@ -77,6 +80,7 @@ class TextWorker:
         """Seconds spent on passes since the start."""
         self._look_s = 0.0
         self._closing = False
+        self._end_s = math.inf
         self._thread = threading.Thread(target=self._run, name="kinflow-text", daemon=True)
 
     def start(self) -> None:
@@ -157,7 +161,7 @@ class TextWorker:
     # The worker's thread
 
     def _run(self) -> None:
-        while not self._closing or self.under_way:
+        while time.monotonic() < self._end_s and not (self._closing and not self.under_way):
             self._read_inbox()
             if batch := self._turns.next():
                 self._pass(batch)
@@ -184,6 +188,7 @@ class TextWorker:
 
     def _close(self) -> None:
         self._closing = True
+        self._end_s = time.monotonic() + CLOSE_S
         self.stages.give_up_above()
 
     def _pass(self, batch: list[Job]) -> None:
