@@ -358,6 +358,9 @@ def test_sessions_are_bounded(family: TextFamily, bound: dict[str, int]) -> None
         third._add(PROMPT)
         failure = bench.ask(*third.request(0, len(PROMPT)))
         assert (failure.code, failure.node) == ("session-limit", "node-1")
+        own = bench.writer("own-test")
+        assert isinstance(own.begin(PROMPT), Verdict)  # a full server is well
+        bench.tell(Release(os.urandom(16), own.client, own.session))
         time.sleep(0.6)
         second.step()
         assert isinstance(bench.ask(*third.request(0, len(PROMPT))), Verdict)

@@ -9,6 +9,7 @@ import numpy as np
 
 from kinflow.errors import SessionLost
 from kinflow.text.cache import Cache
+from kinflow.text.manifest import LOWER
 from kinflow.text.sampling import Choice, Sampling
 from kinflow_edge.text.model import Array, Ids, ServedText
 
@@ -38,8 +39,6 @@ class Session:
         self.caches = model.caches()
         self.shadow: dict[str, Cache] = {}
         """From token ids, through all layers: what `exact` decides by where it is close. Filled when it is needed."""
-        self.from_ids = 0
-        """So many positions, from the first one on, were computed from token ids in `caches` too."""
         self.features: Array = np.zeros((0, model.family.manifest.width), np.float32)
         """At the split that the tier above goes on from."""
         self.said: Said | None = None
@@ -84,7 +83,6 @@ class Session:
         """Forget positions from `length` on."""
         self.tokens = self.tokens[:length]
         self.features = self.features[:length]
-        self.from_ids = min(self.from_ids, length)
         for cache in (*self.caches.values(), *self.shadow.values()):
             cache.crop(length)
 
@@ -92,8 +90,9 @@ class Session:
         """Its caches, begun with what is known from token ids already; how many positions they hold."""
         if not self.shadow:
             self.shadow = self.model.caches()
+            from_ids = self.caches[LOWER].length
             for name, cache in self.shadow.items():
-                cache.append(self.caches[name].past[: self.from_ids])
+                cache.append(self.caches[name].past[:from_ids])
         held = min(cache.length for cache in self.shadow.values())
         for cache in self.shadow.values():
             cache.crop(held)

@@ -105,8 +105,6 @@ class Stages:
     def _answer(self, job: Job, verdict: Verdict, said: Said | None) -> None:
         session = job.session
         assert session is not None
-        if job.verify.split == IDS and session.from_ids >= job.verify.start:
-            session.from_ids = job.end
         session.crop(job.verify.confirmed + verdict.accepted)
         session.said = said
         session.used_s = time.monotonic()
