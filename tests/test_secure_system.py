@@ -206,7 +206,7 @@ def test_a_request_in_another_s_name_is_not_answered(bundle: Path) -> None:
             topic = topics.request("edge", family.id, "s1", "honest")
             assert honest.request(topic, genuine, payload).result(10).reply.id == genuine.id
         assert replies == []
-        assert edge.counts["failed:frame"] == 1
+        assert edge.workers.counts["failed:frame"] == 1
 
 
 def test_a_known_id_is_no_key_to_another_s_reply(bundle: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_known_id_is_no_key_to_another_s_reply(bundle: Path) -> None:
                 topic = topics.request("edge", family.id, "s1", link.client)
                 got.append(link.request(topic, request, payload).result(10).reply)
         assert got[0].confidence != got[1].confidence
-        assert edge.counts["repeated"] == 0
+        assert edge.workers.counts["repeated"] == 0
 
 
 def test_features_are_never_logged(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -140,6 +140,27 @@ def test_a_killed_cloud_costs_the_text_its_exit_and_no_more(tiny: Path, family: 
         assert writer.tokens[known : known + 20] == rest
 
 
+def test_a_silent_cloud_is_not_waited_for_to_the_end(tiny: Path, family: TextFamily) -> None:
+    """Stopped, and still announced as ready: the edge decides in time; when it speaks again, it is asked again."""
+    with pair(tiny) as (cloud, edge), at(family, edge) as asker:
+        wait_until(lambda: knows_its_cloud(asker))
+        writer = asker.writer(deadline_ms=1500.0)
+        writer.write(PROMPT, 12)
+        os.kill(cloud.pid, signal.SIGSTOP)
+        try:
+            came = len(writer.verdicts)
+            for _ in range(5):
+                writer.step()
+            silent = writer.verdicts[came:]
+            assert all((verdict.exit, verdict.degraded) == ("edge", True) for verdict in silent)
+            assert silent[0].reason.startswith("timeout")
+            # After three silences nobody waits any more.
+            assert "left alone" in silent[4].reason
+        finally:
+            os.kill(cloud.pid, signal.SIGCONT)
+        wait_until(lambda: not writer.step().degraded, 30)
+
+
 def test_a_cloud_that_comes_back_is_brought_up_to_date(tiny: Path, family: TextFamily) -> None:
     """A restarted server knows nothing of the session: the edge sends it all features, and its verdicts come again."""
     with pair(tiny) as (cloud, edge), at(family, edge) as asker:
@@ -204,14 +225,14 @@ def test_a_server_serves_images_and_texts(tiny: Path, bundle: Path, tmp_path: Pa
         node=f"n-{os.urandom(4).hex()}",
     )
     with Server("edge", settings) as server:
-        assert len(server.workers) == 2
+        assert len(list(server.workers)) == 2
         family = TextFamily.load(text)
-        assert {served.family for served in server.families} == {family.id, "synthetic"}
+        assert {served.family for served in server.workers.families} == {family.id, "synthetic"}
         asker = Asker(family, str(server.broker.address), server.node)
         with asker.link:
             assert asker.link.wait_connected(10)
             assert asker.writer().write(PROMPT, 8) == plain(family, PROMPT, 8, codecs={"s1": "int8"})
-            assert server.counts["served"] > 1
+            assert server.workers.counts["served"] > 1
 
 
 def test_a_member_without_a_split_is_refused(tiny: Path) -> None:

@@ -111,7 +111,7 @@ def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -
             upstream=chosen.upstream,
             tls=server.broker.credentials is not None,
             insecure=server.insecure,
-            families=[f"{served.family} {served.version}" for served in server.families],
+            families=[f"{served.family} {served.version}" for served in server.workers.families],
         )
         broker = server.broker
         server.run(
@@ -125,7 +125,7 @@ def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -
                 broker_pid=broker.pid,
             ),
         )
-        counts = dict(sorted(server.counts.items()))
+        counts = dict(sorted(server.workers.counts.items()))
     _say(as_json, "stopped", f"{tier} server stopped: {counts or 'no requests'}", counts=counts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,18 +21,18 @@ class ServerMetrics(Collector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        server = self._server
+        server, workers = self._server, self._server.workers
         requests = CounterMetricFamily("kinflow_requests", "Requests by what became of them.", labels=["outcome"])
-        for outcome, count in sorted(server.counts.items()):
+        for outcome, count in sorted(workers.counts.items()):
             requests.add_metric([outcome], count)
         yield requests
         batches = CounterMetricFamily("kinflow_batches", "Batches computed, by size.", labels=["size"])
-        for size, count in sorted(sum((worker.batches for worker in server.workers), Counter[int]()).items()):
+        for size, count in sorted(workers.batches.items()):
             batches.add_metric([str(size)], count)
         yield batches
-        yield CounterMetricFamily("kinflow_compute_seconds", "Time spent on batches.", value=server.busy_s)
-        yield GaugeMetricFamily("kinflow_queue_seconds", "How long a new request would wait.", value=server.queue_s)
-        yield GaugeMetricFamily("kinflow_under_way", "Requests admitted and not answered yet.", value=server.under_way)
+        yield CounterMetricFamily("kinflow_compute_seconds", "Time spent on batches.", value=workers.busy_s)
+        yield GaugeMetricFamily("kinflow_queue_seconds", "How long a new request would wait.", value=workers.queue_s)
+        yield GaugeMetricFamily("kinflow_under_way", "Requests admitted and not answered yet.", value=workers.under_way)
         yield GaugeMetricFamily(
             "kinflow_ready", "1 when a real inference succeeded lately.", value=server.state == "ready"
         )

@@ -8,8 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from kinflow import __version__, frame, topics
@@ -19,7 +18,7 @@ from kinflow.discovery import Advert, Node
 from kinflow.errors import LinkError, SettingsError
 from kinflow.family import Family
 from kinflow.logs import event
-from kinflow.messages import NodeStatus, Served, State, Tier
+from kinflow.messages import NodeStatus, State, Tier
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.settings import ServerSettings
 from kinflow.signing import TrustedKeys
@@ -33,8 +32,7 @@ from kinflow_edge.model import ServedFamily
 from kinflow_edge.selftest import SelfTest
 from kinflow_edge.shelf import Shelf
 from kinflow_edge.text.model import ServedText
-from kinflow_edge.text.worker import TextWorker
-from kinflow_edge.worker import Worker
+from kinflow_edge.workers import Model, Workers
 
 log = logging.getLogger("kinflow.server")
 
@@ -60,8 +58,7 @@ class Server:
         self._credentials = self.broker.credentials
         self.node = _node_name(tier, settings, self._credentials)
         self.insecure = _insecurity(settings)
-        self._models: dict[str, ServedFamily] = {}
-        self._texts: dict[str, ServedText] = {}
+        self._models: dict[str, Model] = {}
         trusted = TrustedKeys.parse(settings.trusted_keys)
         for path in settings.bundles:
             self._open(path, trusted)
@@ -76,16 +73,12 @@ class Server:
     def _open(self, path: str, trusted: TrustedKeys) -> None:
         member, threads = self.settings.member or self.tier, self.settings.threads
         family = TextFamily.load(path, trusted=trusted) if task_of(path) == TASK else Family.load(path, trusted=trusted)
-        if family.id in self._all:
+        if family.id in self._models:
             raise SettingsError(f"bundles: {path} is a second bundle of the family {family.id!r}")
         if isinstance(family, TextFamily):
-            self._texts[family.id] = ServedText.open(family, member, threads)
+            self._models[family.id] = ServedText.open(family, member, threads)
         else:
             self._models[family.id] = ServedFamily.open(family, member, threads)
-
-    @property
-    def _all(self) -> dict[str, ServedFamily | ServedText]:
-        return {**self._models, **self._texts}
 
     def __enter__(self) -> Server:
         with ExitStack() as stack:
@@ -97,13 +90,13 @@ class Server:
         self._stack.close()
 
     def _start(self, stack: ExitStack) -> None:
-        for model in self._all.values():
+        for model in self._models.values():
             model.warm_up()
         stack.enter_context(self.broker)
         if self.insecure:
             log.warning("%s", self.insecure)
         if self.settings.upstream:
-            self.uplinks = {family: self._uplink(model) for family, model in self._all.items()}
+            self.uplinks = {family: self._uplink(model) for family, model in self._models.items()}
         self._connection = Connection(
             self.broker.address,
             _client_id(self.tier),
@@ -114,8 +107,10 @@ class Server:
             tls=self._credentials,
         )
         test_client = self._test_client()
-        self.workers = tuple(self._make_workers(test_client))
-        families = {name: model.family for name, model in self._models.items()}
+        self.workers = Workers(
+            self.node, self.tier, self._models, self.settings, self._connection, self.uplinks, test_client
+        )
+        families = {name: model.family for name, model in self._models.items() if isinstance(model, ServedFamily)}
         self.shelf = Shelf(self.node, families, self._connection.publish, self.settings.pull_bytes_per_s)
         # Closed in the opposite order: the worker answers what it has admitted, the uplinks give up what they
         # still wait for (it is answered with this tier's own exit), and the connection goes last.
@@ -123,13 +118,11 @@ class Server:
         for uplink in self.uplinks.values():
             uplink.start()
             stack.callback(uplink.close)
-        for worker in self.workers:
-            worker.start()
-            stack.callback(worker.close)
+        self.workers.start(stack.callback)
         stack.callback(self._say_offline)
         if not self._connection.wait_connected(CONNECT_TIMEOUT_S):
             raise LinkError(f"the broker at {self.broker.address} does not answer")
-        self._test = SelfTest(self.node, self._all, self.broker.address, test_client, self._credentials)
+        self._test = SelfTest(self.node, self._models, self.broker.address, test_client, self._credentials)
         stack.callback(self._test.close)
         self._test.start()
         stack.enter_context(self.endpoints)
@@ -140,73 +133,26 @@ class Server:
         """Under what name the server asks itself."""
         return str(self._credentials.identity) if self._credentials else _client_id(f"{self.tier}-test")
 
-    def _make_workers(self, test_client: str) -> Iterator[Worker | TextWorker]:
-        """One for each task that there are families of."""
-        if self._models:
-            yield Worker(
-                self.node,
-                self.tier,
-                self._models,
-                self.settings,
-                publish=self._connection.publish,
-                publish_all=self._connection.publish_all,
-                drive=self._connection.drive,
-                uplinks={name: self.uplinks[name] for name in self._models if name in self.uplinks},
-                test_client=test_client,
-            )
-        if self._texts:
-            yield TextWorker(
-                self.node,
-                self.tier,
-                self._texts,
-                self.settings,
-                publish=self._connection.publish,
-                uplinks={name: self.uplinks[name] for name in self._texts if name in self.uplinks},
-                test_client=test_client,
-            )
-
     def _on_message(self, topic: str, data: frame.Buffer) -> None:
         if topics.asks_for_bundle(topic):
             self.shelf.on_message(topic, data)
         else:
-            generates = topics.family_of(topic) in self._texts
-            self.workers[-1 if generates else 0].on_message(topic, data)
+            self.workers.on_message(topic, data)
 
     def _subscriptions(self) -> list[str]:
         alone = self._credentials is not None and not self.settings.broker.group
         group = "" if alone else self.settings.broker.group or self.tier
-        wanted = [topics.bundle_requests(self.tier, family, group) for family in self._models]
+        wanted = []
         for family, model in self._models.items():
+            if isinstance(model, ServedText):
+                # A session lives on one node: its requests name it.
+                wanted += [topics.request_to(self.node, family, source, "+") for source in model.sources]
+                continue
+            wanted.append(topics.bundle_requests(self.tier, family, group))
             for split in model.entries:
                 wanted.append(topics.requests(self.tier, family, split, group))
                 wanted.append(topics.request_to(self.node, family, split, "+"))
-        # A session lives on one node: its requests name it.
-        for family, text in self._texts.items():
-            wanted += [topics.request_to(self.node, family, source, "+") for source in text.sources]
         return wanted
-
-    # What all workers do together
-
-    @property
-    def families(self) -> list[Served]:
-        return [served for worker in self.workers for served in worker.families]
-
-    @property
-    def counts(self) -> Counter[str]:
-        """Requests since the start, by what became of them."""
-        return sum((worker.desk.counts for worker in self.workers), Counter())
-
-    @property
-    def busy_s(self) -> float:
-        return sum(worker.busy_s for worker in self.workers)
-
-    @property
-    def queue_s(self) -> float:
-        return max(worker.queue_s for worker in self.workers)
-
-    @property
-    def under_way(self) -> int:
-        return sum(worker.under_way for worker in self.workers)
 
     @property
     def state(self) -> State:
@@ -222,19 +168,19 @@ class Server:
     @property
     def live(self) -> bool:
         """Its threads still turn: one that hangs does not come back by itself."""
-        return all(worker.alive for worker in self.workers) and time.monotonic() - self._turned_s < STUCK_S
+        return self.workers.alive and time.monotonic() - self._turned_s < STUCK_S
 
     def run(self, stop: threading.Event, on_broker_restart: Callable[[], None]) -> None:
         """Look after the broker, the self-test and the status until `stop` is set; then drain."""
-        last_s, busy_s, state = time.monotonic(), self.busy_s, self.state
+        last_s, busy_s, state = time.monotonic(), self.workers.busy_s, self.state
         while not stop.wait(WATCH_INTERVAL_S):
             if self.broker.restart_if_dead() or self.broker.restart_if_stale():
                 on_broker_restart()
             now_s = self._turned_s = time.monotonic()
             self._test.step(now_s)
             if now_s >= self._status_at_s or self.state != state:
-                load = (self.busy_s - busy_s) / (now_s - last_s)
-                last_s, busy_s, state = now_s, self.busy_s, self.state
+                load = (self.workers.busy_s - busy_s) / (now_s - last_s)
+                last_s, busy_s, state = now_s, self.workers.busy_s, self.state
                 self._publish_status(min(1.0, load))
                 self._status_at_s = now_s + self.settings.status_interval_s
         self._drain()
@@ -247,13 +193,13 @@ class Server:
         if self._advert is not None:
             self._advert.close()
         while (now_s := time.monotonic()) - began_s < self.settings.drain_s:
-            came_s = [worker.desk.last_request_s for worker in self.workers]
-            quiet = all(last_s is None or now_s - max(last_s, began_s) > QUIET_S for last_s in came_s)
-            if quiet and not self.under_way:
+            last_s = self.workers.last_request_s
+            quiet = last_s is None or now_s - max(last_s, began_s) > QUIET_S
+            if quiet and not self.workers.under_way:
                 break
             time.sleep(0.02)
 
-    def _uplink(self, model: ServedFamily | ServedText) -> Uplink:
+    def _uplink(self, model: Model) -> Uplink:
         if model.next_split is None:
             raise SettingsError(f"upstream is set, but nothing of {model.family.id} is above this member")
         return Uplink(
@@ -274,11 +220,11 @@ class Server:
                 tier=self.tier,
                 state=self.state,
                 software=__version__,
-                families=self.families,
-                queue_ms=self.queue_s * 1e3,
+                families=self.workers.families,
+                queue_ms=self.workers.queue_s * 1e3,
                 load=load,
-                served=self.counts["served"],
-                rejected=sum(worker.desk.rejected for worker in self.workers),
+                served=self.workers.counts["served"],
+                rejected=self.workers.rejected,
                 insecure=bool(self.insecure),
             )
         )
@@ -304,7 +250,7 @@ class Server:
         return [] if address.is_unspecified else [host]
 
     def _node(self) -> Node:
-        families = tuple((model.family.id, model.family.version) for model in self._all.values())
+        families = tuple((model.family.id, model.family.version) for model in self._models.values())
         address: BrokerAddress = self.broker.address
         host = address.host if self.settings.broker.address else self.settings.broker.listen
         return Node(self.node, self.tier, host, address.port, families, __version__)

@@ -241,10 +241,14 @@ class Stages:
         if job.test or above is None:
             self._own(job, session, "" if job.test else NOTHING_ABOVE)
             return
+        self._ask(above, Asked(job, session, self._reserve_s(job, session)))
+
+    def _reserve_s(self, job: Job, session: Session) -> float:
+        """Time to decide here, should no verdict come: a guess, so neither nothing nor most of what is left."""
         behind = job.end - self._own_held(job, session)
-        # Time to decide here, should no verdict come.
-        reserve_s = min(self._turns.wait_s(behind), (job.due_s - time.monotonic()) / 2)
-        self._ask(above, Asked(job, session, reserve_s))
+        layers = job.model.layers(job.model.own_way(job.way.split)) / max(1, job.model.layers(job.way.path))
+        left_s = job.due_s - time.monotonic()
+        return min(max(self._turns.wait_s(behind) * layers, left_s / 8), left_s / 2)
 
     def _ask(self, above: Above, asked: Asked) -> None:
         why = "this server is about to stop" if self._giving_up else above.ask(asked)
