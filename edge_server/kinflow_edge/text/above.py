@@ -76,7 +76,7 @@ class Above:
         job, session = asked.job, asked.session
         left_s = job.due_s - time.monotonic() - asked.reserve_s
         if left_s <= 0:
-            return f"no time is left to ask above: {asked.why}"
+            return "no time is left to ask above" if asked.peer is None else asked.why
         codec = self._codec(job)
         rate = Rate(codec, ID_BYTES + self._model.family.codec(job.way.split, codec).token_bytes)
         routes = self._uplink.routes(job.way.split, [rate])
