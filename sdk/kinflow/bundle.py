@@ -20,6 +20,12 @@ MAX_MANIFEST_BYTES = 1 << 20
 
 AnyManifest = TypeVar("AnyManifest", bound=msgspec.Struct)
 
+# What runs a bundle, by its task.
+USED_BY = {
+    "image-classification": "kinflow.Device, `kinflow run`",
+    "text-generation": "kinflow.TextDevice, `kinflow chat` and `kinflow generate`",
+}
+
 
 class _Task(msgspec.Struct):
     task: str
@@ -50,7 +56,20 @@ def _decode(raw: bytes, name: str, kind: type[AnyManifest]) -> AnyManifest:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        if kind is not _Task:
+            _check_task(raw, name, kind)
         raise BundleError(f"{name}/{MANIFEST}: {exc}") from exc
+
+
+def _check_task(raw: bytes, name: str, kind: type[msgspec.Struct]) -> None:
+    """Raises BundleError for a bundle of the other kind."""
+    task = _decode(raw, name, _Task).task
+    mine = msgspec.inspect.type_info(kind)
+    assert isinstance(mine, msgspec.inspect.StructType)
+    wanted = next(field.type for field in mine.fields if field.name == "task")
+    assert isinstance(wanted, msgspec.inspect.LiteralType)
+    if task not in wanted.values and task in USED_BY:
+        raise BundleError(f"{name} is for {task}: use {USED_BY[task]}")
 
 
 class FolderReader:

@@ -33,6 +33,7 @@ from kinflow.uplink import Uplink
 
 SWITCHED_OFF = NoRoute("offloading is switched off", by_choice=True)
 LOCAL = NoRoute("mode is local", by_choice=True)
+NOT_OPEN = NoRoute("the device is not open: use it in a with block")
 MODES: tuple[Mode, ...] = ("family", "exact", "confident", "local")
 
 
@@ -142,7 +143,7 @@ class TextDevice:
         model = self._model(precision)
         positions = Positions()
         if mode == "local" or self._uplink is None:
-            remote = LOCAL if mode == "local" else SWITCHED_OFF
+            remote = LOCAL if mode == "local" else NOT_OPEN if self.settings.offload else SWITCHED_OFF
             codec = None
         else:
             remote = Remote(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from kinflow.confidence import read
-from kinflow.errors import LinkError, ServerBusy
+from kinflow.errors import InputError, LinkError
 from kinflow.link import Answered
 from kinflow.messages import Tier, Verdict
 from kinflow.policy import NoRoute, Route
@@ -137,8 +137,13 @@ class Generation:
         self._tried: list[str] = []
         self._began_s = 0.0
 
-    def __iter__(self) -> Iterator[Token]:
-        """Raises BackendError when the device's own graph fails; trouble above never raises."""
+    def __iter__(self) -> Generator[Token, None, None]:
+        """Once. Whoever leaves it early closes it, and with it the session at the server.
+
+        Raises BackendError when the device's own graph fails; trouble above never raises.
+        """
+        if self._began_s:
+            raise InputError("a Generation is iterated over once: generate the text again")
         self._began_s = time.perf_counter()
         try:
             self._add(self._prompt, begin=True)
@@ -215,9 +220,9 @@ class Generation:
         try:
             answered = self._remote.result(sent)
         except LinkError as exc:
-            if not forgot(exc):
+            # One that loses a session it has just been given whole would be asked for ever.
+            if not forgot(exc) or sent.count == sent.end:
                 self._tried.append(sent.node)
-            if isinstance(exc, ServerBusy) or not forgot(exc):
                 self.summary.reason = str(exc)
             return None
         self._tried = []

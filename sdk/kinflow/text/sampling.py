@@ -17,6 +17,8 @@ import numpy.typing as npt
 from kinflow.confidence import MOST
 
 Array = npt.NDArray[np.float32]
+# Below it every sample is the likeliest token, and logits / T would overflow.
+COLDEST = 1e-6
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -46,7 +48,7 @@ class Choice(NamedTuple):
 
 def choose(logits: Array, sampling: Sampling, position: int) -> Choice:
     """The token at `position`, from its logits [vocabulary]. Of equal ones the lowest id."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         token, margin = _largest(logits)
         return Choice(token, _probability(logits, token), margin)
     scaled = np.asarray(logits, np.float64) / sampling.temperature

@@ -32,6 +32,11 @@ class Tokenizer:
         self.stop_tokens = frozenset(stop_tokens)
 
     def encode(self, text: str) -> list[int]:
+        """Raises InputError."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InputError(f"the text cannot be written as UTF-8: {exc}") from exc
         return list(self.library.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -42,7 +47,8 @@ class Tokenizer:
         if not messages:
             raise InputError("messages: at least one is needed")
         for number, message in enumerate(messages):
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            fields = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None,)
+            if not all(isinstance(field, str) for field in fields):
                 shown = json.dumps(message, default=str)[:80]
                 raise InputError(f"messages[{number}]: role and content must be strings, got {shown}")
         from jinja2 import TemplateError
