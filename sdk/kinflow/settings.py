@@ -96,6 +96,21 @@ class TextSettings(_Settings, frozen=True):
     ] = 5.0
 
 
+class ServeSettings(_Settings, frozen=True):
+    """The OpenAI-compatible endpoint of `kinflow serve`."""
+
+    bundle: Annotated[str, _doc("Folder or .zip of the language model; empty: families/smollm2/bundle.")] = ""
+    listen: Annotated[str, _doc("IPv4 address that is bound. Loopback unless told otherwise.")] = "127.0.0.1"
+    port: Annotated[Port, _doc("Port that is bound; 0: any free one.")] = 8080
+    key_file: Annotated[str, _doc("File with the API key that clients must send, and nothing else; empty: none.")] = ""
+    certificate: Annotated[str, _doc("PEM file with the certificate chain for https; empty: plain http.")] = ""
+    certificate_key: Annotated[str, _doc("PEM file with its private key.")] = ""
+    models: Annotated[
+        list[str], _doc("Other names of models that are answered, such as `gpt-4o-mini`, beside the family's own.")
+    ] = []
+    parallel: Annotated[int, _doc("Texts generated at the same time; above it the answer is 429.", ge=1, le=256)] = 4
+
+
 class DeviceSettings(_Settings, frozen=True):
     """Role `device`: the SDK in an app, `kinflow run` and `kinflow device`."""
 
@@ -140,6 +155,7 @@ class DeviceSettings(_Settings, frozen=True):
     ] = []
     tls: Annotated[TlsSettings, _doc("Who this device is and whom it trusts.")] = TlsSettings()
     text: Annotated[TextSettings, _doc("How text is generated.")] = TextSettings()
+    serve: Annotated[ServeSettings, _doc("Where `kinflow serve` listens.")] = ServeSettings()
     service: Annotated[ServiceSettings, _doc("What `kinflow device` does.")] = ServiceSettings()
 
 

@@ -1,0 +1,97 @@
+"""`kinflow generate`: one text, as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from kinflow.cli import texts
+from kinflow.errors import InputError
+
+if TYPE_CHECKING:
+    from kinflow.text.generation import Generation
+
+MAX_PROMPT_BYTES = 1 << 20
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the user says; - reads it from standard input.")],
+    system: Annotated[
+        str | None, typer.Option(help="What the system says before it; the template's own without.", show_default=False)
+    ] = None,
+    bundle: texts.Bundle = None,
+    family: texts.FamilyName = None,
+    mode: texts.ModeName = None,
+    max_tokens: texts.MaxTokens = None,
+    temperature: texts.Temperature = 0.0,
+    top_p: texts.TopP = 1.0,
+    seed: texts.Seed = None,
+    broker: texts.Broker = None,
+    interface: texts.Interface = None,
+    tls: texts.Tls = None,
+    insecure_lan: texts.InsecureLan = None,
+    wait: texts.Wait = texts.SERVER_WAIT_S,
+    settings_file: texts.SettingsFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, tokens, summary.")] = False,
+) -> None:
+    """Write what the model answers to PROMPT: drafted here, verified by a server.
+
+    The text goes to standard output, coloured by tier on a terminal, and what
+    it cost to standard error.
+    """
+    said = _standard_input() if prompt == "-" else prompt
+    chosen = texts.load_settings(
+        settings_file,
+        text__mode=mode,
+        offload=False if mode == "local" else None,
+        broker=broker,
+        interfaces=interface or None,
+        tls__folder=tls,
+        tls__insecure_lan=insecure_lan,
+    )
+    messages = [{"role": "user", "content": said}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    with texts.opened(bundle, family, chosen, wait) as device:
+        generation = device.generate(messages, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        if as_json:
+            typer.echo(json.dumps(record(generation)))
+        else:
+            _show(generation)
+
+
+def record(generation: Generation) -> dict[str, object]:
+    """The whole text, every token, and the summary, as plain values."""
+    tokens = list(generation)
+    return {
+        "text": "".join(token.text for token in tokens),
+        "tokens": msgspec.to_builtins(tokens),
+        "summary": msgspec.to_builtins(generation.summary),
+    }
+
+
+def _show(generation: Generation) -> None:
+    from kinflow.cli.colours import console, piece, statistics
+
+    out = console()
+    try:
+        for token in generation:
+            out.print(piece(token), end="")
+    finally:
+        out.print()
+        console(sys.stderr).print(statistics(generation.summary))
+
+
+def _standard_input() -> str:
+    """Raises InputError."""
+    raw = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise InputError(f"standard input has more than {MAX_PROMPT_BYTES} bytes")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as exc:
+        raise InputError(f"standard input is not UTF-8: {exc}") from exc

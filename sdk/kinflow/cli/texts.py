@@ -1,0 +1,73 @@
+"""What the commands for language models have in common: their flags, and the device they open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kinflow import settings
+from kinflow.cli.bundles import choose_text_bundle
+from kinflow.text.generation import Mode
+
+if TYPE_CHECKING:
+    from kinflow.text.device import TextDevice
+
+SERVER_WAIT_S = 3.0
+
+Bundle = Annotated[Path | None, typer.Option(help="Folder or .zip of a bundle.", show_default=False)]
+FamilyName = Annotated[
+    str | None, typer.Option(help="Look for the bundle in families/NAME/bundle (smollm2).", show_default=False)
+]
+ModeName = Annotated[Mode | None, typer.Option(help="Whose text it is (family).", show_default=False)]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest text, tokens.", show_default=False)]
+Temperature = Annotated[float, typer.Option(min=0, max=100, help="0: the likeliest token each time.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Only the likeliest tokens that have this share together.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same one gives the same text.", show_default=False)]
+Broker = Annotated[
+    str | None, typer.Option(help="HOST:PORT of a server's broker; skips discovery.", show_default=False)
+]
+Interface = Annotated[
+    list[str] | None,
+    typer.Option(help="IPv4 address whose network is searched for servers; may be repeated.", show_default=False),
+]
+Tls = Annotated[
+    str | None, typer.Option(help="Folder with this device's certificate (kinflow pki issue).", show_default=False)
+]
+InsecureLan = Annotated[
+    bool | None,
+    typer.Option("--insecure-lan", help="Ask servers beyond loopback without TLS.", show_default=False),
+]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for a server first.")]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--settings",
+        help="TOML file; else ./kinflow-device.toml, ~/.config/kinflow/device.toml, "
+        "/etc/kinflow/device.toml. A flag overrides its key.",
+        show_default=False,
+    ),
+]
+
+
+def load_settings(file: Path | None, **flags: Any) -> settings.DeviceSettings:
+    """The device's, with the flags that were given. Raises SettingsError."""
+    return settings.load("device", settings.DeviceSettings, file, **flags)
+
+
+@contextmanager
+def opened(
+    bundle: Path | None, family: str | None, chosen: settings.DeviceSettings, wait_s: float
+) -> Iterator[TextDevice]:
+    """The device, with a server found or a line that says there is none. Raises KinflowError."""
+    from kinflow.text.device import TextDevice
+
+    device = TextDevice.open(choose_text_bundle(bundle, family), chosen)
+    with device:
+        asks = chosen.offload and chosen.text.mode != "local"
+        if asks and wait_s > 0 and not device.wait_for_server(wait_s):
+            typer.echo(f"no server found within {wait_s:g} s: the device writes by itself for now", err=True)
+        yield device
