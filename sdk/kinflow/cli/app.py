@@ -21,6 +21,7 @@ from kinflow.errors import KinflowError, SettingsError
 ENTRY_POINTS = "kinflow.commands"
 OWN = {
     "demo": "kinflow.cli.demo:demo",
+    "demo-text": "kinflow.cli.demo_text:demo_text",
     "run": "kinflow.cli.run:run",
     "device": "kinflow.cli.device:device",
     "chat": "kinflow.cli.chat:chat",
@@ -44,6 +45,7 @@ EXTRAS = {
     "certify": "certify",
     "bench": "bench",
     "demo": "edge",
+    "demo-text": "edge",
     "pki": "pki",
 }
 EXIT_ERROR = 2

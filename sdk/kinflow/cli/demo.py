@@ -47,7 +47,7 @@ def demo(
 
     In a checkout some photos come afterwards, by a second family on the same servers; they are not counted.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     console = Console(stderr=as_json)
     bundle = family / "bundle"
     second = SECOND_FAMILY / "bundle"
@@ -148,7 +148,7 @@ def _live(total: int, console: Console, *, keep: bool) -> Iterator[_View]:
         yield view
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+def terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     """SIGTERM unwinds the stack like Ctrl-C, so that every child is stopped."""
     raise SystemExit(143)
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kinflow.bundle import task_of
+from kinflow.cli import health_text
 from kinflow.cli.bundles import choose_bundle
 from kinflow.cli.health import Check
 from kinflow.cli.health_machine import judge_probe
@@ -16,6 +18,7 @@ from kinflow.device import load_family
 from kinflow.errors import KinflowError, SettingsError
 from kinflow.family import Family
 from kinflow.settings import DeviceSettings
+from kinflow.text.manifest import TASK
 
 RUN_TIMEOUT_S = 120.0
 SERVER_WAIT_S = 3.0
@@ -28,6 +31,8 @@ def local(bundle: Path | None, settings: DeviceSettings) -> list[Check]:
     except SettingsError as exc:
         return [Check("inference", "warn", str(exc), "without one, nothing was run")]
     try:
+        if task_of(path) == TASK:
+            return health_text.local(path)
         family = load_family(path, settings)
     except KinflowError as exc:
         return [Check("inference", "fail", str(exc), "fetch the bundle again")]
@@ -40,18 +45,20 @@ def local(bundle: Path | None, settings: DeviceSettings) -> list[Check]:
 
 def offloaded(bundle: Path | None, settings: DeviceSettings) -> list[Check]:
     """The same frame with a threshold that only a server's answer can satisfy."""
-    try:
-        path = choose_bundle(bundle, None)
-        family = load_family(path, settings)
-    except KinflowError:
-        return []  # `local` has said it
-    flags = ["--threshold", "1", "--deadline", "5", "--wait", str(SERVER_WAIT_S)]
+    flags = ["--wait", str(SERVER_WAIT_S)]
     flags += ["--broker", settings.broker] if settings.broker else []
     flags += ["--tls", settings.tls.folder] if settings.tls.folder else []
     flags += ["--insecure-lan"] if settings.tls.insecure_lan else []
     for address in settings.interfaces:
         flags += ["--interface", address]
-    answer = _run(path, family, settings.backend, *flags)
+    try:
+        path = choose_bundle(bundle, None)
+        if task_of(path) == TASK:
+            return health_text.offloaded(path, settings, flags)
+        family = load_family(path, settings)
+    except KinflowError:
+        return []  # `local` has said it
+    answer = _run(path, family, settings.backend, "--threshold", "1", "--deadline", "5", *flags)
     if isinstance(answer, Check):
         return [answer]
     if answer["tier"] != "device":

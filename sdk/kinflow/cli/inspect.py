@@ -21,13 +21,18 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Verify a bundle and show its members, splits, exits, sizes and certificates."""
+    from kinflow.bundle import task_of
+    from kinflow.cli import inspect_text
     from kinflow.family import Family
+    from kinflow.text.family import TextFamily
+    from kinflow.text.manifest import TASK
 
-    description = describe(Family.load(bundle))
+    about_text = task_of(bundle) == TASK
+    description = inspect_text.describe(TextFamily.load(bundle)) if about_text else describe(Family.load(bundle))
     if as_json:
         typer.echo(json.dumps(description))
     else:
-        _show(description)
+        (inspect_text.show if about_text else _show)(description)
 
 
 def describe(family: Family) -> dict[str, Any]:

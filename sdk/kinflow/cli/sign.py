@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from kinflow.bundle import MANIFEST
+from kinflow.bundle import MANIFEST, task_of
 from kinflow.cli.passphrase import PassphraseFile, ask_passphrase
 from kinflow.errors import BundleError, SettingsError
 from kinflow.family import Family
 from kinflow.files import write_whole
 from kinflow.manifest import BackendName
-from kinflow.signing import SIGNATURE, SigningKey, TrustedKeys
+from kinflow.signing import NO_KEYS, SIGNATURE, SigningKey, TrustedKeys
+from kinflow.text.family import TextFamily
+from kinflow.text.manifest import TASK
 
 BundleFolder = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
 
@@ -30,7 +32,7 @@ def sign(
     if new_key:
         _make_key(key, passphrase)
     signing = SigningKey.read(key, passphrase)
-    family = Family.load(bundle)
+    family, _ = _whole(bundle)
     if not bundle.is_dir():
         raise SettingsError(f"{bundle} is a .zip: sign the folder, then pack it")
     manifest = (bundle / MANIFEST).read_bytes()
@@ -52,10 +54,22 @@ def verify(
     backend: Annotated[BackendName, typer.Option(help="Of that member: onnx or tflite.")] = "onnx",
 ) -> None:
     """Check every hash of a bundle and, with --key, its signature. Exit status 2 when something is wrong."""
-    keys = TrustedKeys.parse(key or ())
-    family = Family.load(bundle, trusted=keys, member=member, backend=backend)
+    family, files = _whole(bundle, TrustedKeys.parse(key or ()), member, backend)
     by = f"signed by {family.signed_by}" if family.signed_by else "no --key was given: its signature was not checked"
-    typer.echo(f"{family.id} {family.version}: {len(family.files)} files are whole; {by}")
+    typer.echo(f"{family.id} {family.version}: {files} files are whole; {by}")
+
+
+def _whole(
+    bundle: Path, trusted: TrustedKeys = NO_KEYS, member: str = "", backend: BackendName = "onnx"
+) -> tuple[Family | TextFamily, int]:
+    """The bundle and how many of its files were compared with their hashes. Raises BundleError."""
+    if task_of(bundle) != TASK:
+        family = Family.load(bundle, trusted=trusted, member=member, backend=backend)
+        return family, len(family.files)
+    if member:
+        raise SettingsError("--member is for image families: a language model's bundle is checked whole")
+    text = TextFamily.load(bundle, trusted=trusted)
+    return text, len(text.verify())
 
 
 def _make_key(file: Path, passphrase: str) -> None:

@@ -72,6 +72,17 @@ class TextFamily:
         finally:
             reader.close()
 
+    def verify(self) -> list[File]:
+        """Every file of the manifest, each read and compared with its hash. Raises BundleError."""
+        files = list({file.path: file for file in self.manifest.files()}.values())
+        reader = open_reader(self.path)
+        try:
+            for file in files:
+                read_verified(reader, self.path, file)
+        finally:
+            reader.close()
+        return files
+
     def tokenizer(self) -> Tokenizer:
         """Raises BundleError, also where the extra is not installed."""
         manifest = self.manifest
