@@ -76,8 +76,7 @@ def _three_tiers(bundle: Path, mode: Mode, max_tokens: int, console: Console) ->
         with console.status("starting the cloud server, the edge server and their brokers"):
             cloud, edge = fleet.start_cloud_and_edge("--no-advertise")
         _introduce(THREE_TIERS, [cloud, edge], console)
-        settings = DeviceSettings(broker=edge.broker, cloud=cloud.broker)
-        return _replies(THREE_TIERS, bundle, settings, mode, max_tokens, fleet, console)
+        return _replies(THREE_TIERS, bundle, DeviceSettings(broker=edge.broker), mode, max_tokens, fleet, console)
 
 
 def _introduce(setting: str, servers: Sequence[ServerProcess], console: Console) -> None:
@@ -157,24 +156,28 @@ def _totals(setting: str, replies: Sequence[Reply]) -> dict[str, Any]:
 
 
 def table(replies: Sequence[Reply]) -> Table:
-    """A row per setting."""
+    """A column per setting."""
     rows = Table(title=f"{len(replies)} replies", title_justify="left")
-    columns = ("tokens by device", "edge", "cloud", "not verified", "drafts accepted", "passes per token")
-    rows.add_column("setting")
-    for column in (*columns, "bytes up per token", "tokens/s", "degraded"):
-        rows.add_column(column, justify="right")
+    rows.add_column("")
+    columns = []
     for setting in (TWO_TIERS, THREE_TIERS):
+        rows.add_column(setting, justify="right")
         totals = _totals(setting, replies)
-        rows.add_row(
-            setting,
-            *(str(totals["tokens"][tier]) for tier in ("device", "edge", "cloud")),
-            str(totals["unverified"]),
-            _number(totals["acceptance"], "{:.0%}"),
-            _number(totals["passes_per_token"], "{:.2f}"),
-            _number(totals["bytes_up_per_token"], "{:.0f}"),
-            _number(totals["tokens_per_s"], "{:.1f}"),
-            str(totals["degraded"]),
+        columns.append(
+            {
+                "tokens by the device": str(totals["tokens"]["device"]),
+                "  of them not verified": str(totals["unverified"]),
+                "by the edge": str(totals["tokens"]["edge"]),
+                "by the cloud": str(totals["tokens"]["cloud"]),
+                "drafts accepted": _number(totals["acceptance"], "{:.0%}"),
+                "passes per token": _number(totals["passes_per_token"], "{:.2f}"),
+                "bytes up per token": _number(totals["bytes_up_per_token"], "{:.0f}"),
+                "tokens per second": _number(totals["tokens_per_s"], "{:.1f}"),
+                "degraded replies": str(totals["degraded"]),
+            }
         )
+    for name in columns[0]:
+        rows.add_row(name, *(column[name] for column in columns))
     return rows
 
 
