@@ -108,7 +108,8 @@ def _table(*columns: str) -> Any:
 
 def _parts_table(what: str, parts: dict[str, Any]) -> Any:
     way = "segments" if what == "member" else "from > to"
-    table = _table(what, way, "layers", "MMAC per token", "parameters", *(f"{precision} kB" for precision in PRECISIONS))
+    sizes = [f"{precision} kB" for precision in PRECISIONS]
+    table = _table(what, way, "layers", "MMAC per token", "parameters", *sizes)
     for name, part in parts.items():
         ends = [part["source"], part["result"]] if "source" in part else part["segments"]
         table.add_row(
