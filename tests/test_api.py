@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_everything_that_is_understood() -> None:
 def test_what_changes_nothing_is_ignored() -> None:
     """Nulls, parameters that say nothing of the text, and the neutral value of those that would."""
     nulls = dict.fromkeys([*NEUTRAL, "temperature", "stop", "seed"])
-    asked = parse(body(**{**nulls, **{name: "anything" for name in IGNORED}}))
+    asked = parse(body(**{**nulls, **dict.fromkeys(IGNORED, "anything")}))
     for name, values in NEUTRAL.items():
         for value in values:
             assert parse(body(**{name: value})) == asked
@@ -112,10 +113,8 @@ def test_what_is_no_request_is_refused(raw: bytes) -> None:
 @given(st.binary(max_size=200) | st.dictionaries(st.sampled_from([*LEAST, "n", "stop"]), st.integers()).map(json.dumps))
 def test_any_body_is_parsed_or_refused(raw: bytes | str) -> None:
     """Nothing but Refused is raised."""
-    try:
-        parse(raw.encode() if isinstance(raw, str) else raw)
-    except Refused as exc:
-        assert exc.status == 400
+    with suppress(Refused):
+        assert parse(raw.encode() if isinstance(raw, str) else raw).messages
 
 
 def pieces(stops: Stops, text: list[str]) -> str:

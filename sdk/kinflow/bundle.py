@@ -48,7 +48,8 @@ def decode_manifest(
     signed_by = trusted.check(raw, signatures, name) if trusted.keys else ""
     found = _decode(raw, name, _Task).task
     if found != task:
-        raise BundleError(f"{name} is a bundle for {found!r}, wanted is one for {task!r}")
+        use = f": use {USED_BY[found]}" if found in USED_BY else ""
+        raise BundleError(f"{name} is a bundle for {found!r}, wanted is one for {task!r}{use}")
     return _decode(raw, name, kind), signed_by
 
 
@@ -56,20 +57,7 @@ def _decode(raw: bytes, name: str, kind: type[AnyManifest]) -> AnyManifest:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        if kind is not _Task:
-            _check_task(raw, name, kind)
         raise BundleError(f"{name}/{MANIFEST}: {exc}") from exc
-
-
-def _check_task(raw: bytes, name: str, kind: type[msgspec.Struct]) -> None:
-    """Raises BundleError for a bundle of the other kind."""
-    task = _decode(raw, name, _Task).task
-    mine = msgspec.inspect.type_info(kind)
-    assert isinstance(mine, msgspec.inspect.StructType)
-    wanted = next(field.type for field in mine.fields if field.name == "task")
-    assert isinstance(wanted, msgspec.inspect.LiteralType)
-    if task not in wanted.values and task in USED_BY:
-        raise BundleError(f"{name} is for {task}: use {USED_BY[task]}")
 
 
 class FolderReader:
