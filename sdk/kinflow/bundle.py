@@ -28,7 +28,7 @@ USED_BY = {
 
 
 class _Task(msgspec.Struct):
-    task: str
+    task: str = ""
 
 
 def task_of(path: str | Path) -> str:
@@ -46,11 +46,15 @@ def decode_manifest(
     """The manifest and the trusted key that signed it, if any are asked for. Raises BundleError."""
     # Before anything of it is read: a stranger's bytes get no further than this.
     signed_by = trusted.check(raw, signatures, name) if trusted.keys else ""
-    found = _decode(raw, name, _Task).task
-    if found != task:
-        use = f": use {USED_BY[found]}" if found in USED_BY else ""
-        raise BundleError(f"{name} is a bundle for {found!r}, wanted is one for {task!r}{use}")
-    return _decode(raw, name, kind), signed_by
+    try:
+        return _decode(raw, name, kind), signed_by
+    except BundleError:
+        found = _decode(raw, name, _Task).task
+        if found != task and found in USED_BY:
+            raise BundleError(
+                f"{name} is a bundle for {found!r}, wanted is one for {task!r}: use {USED_BY[found]}"
+            ) from None
+        raise
 
 
 def _decode(raw: bytes, name: str, kind: type[AnyManifest]) -> AnyManifest:

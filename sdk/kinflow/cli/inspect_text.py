@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kinflow.text.manifest import Precision
+
 if TYPE_CHECKING:
     from kinflow.text.family import TextFamily
     from kinflow.text.manifest import TextManifest
 
 SHAPE = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_size", "context")
-PRECISIONS = ("float", "int8")
+PRECISIONS: tuple[Precision, ...] = ("float", "int8")
 
 
 def describe(family: TextFamily) -> dict[str, Any]:
