@@ -3,12 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup setup-dev setup-builder demo test test-devices test-board-boot check bench lock clean
+.PHONY: setup setup-dev setup-builder demo demo-text test test-devices test-board-boot check bench lock clean
 
 setup: .venv/.run
 
 demo: setup
 	@$(BIN)/kinflow demo $(ARGS)
+
+# A language model; built first where it is not there, from published weights, without training.
+demo-text: setup families/smollm2/bundle
+	@$(BIN)/kinflow demo-text $(ARGS)
+
+families/smollm2/bundle:
+	@$(MAKE) --no-print-directory setup-builder
+	@$(BIN)/kinflow build families/smollm2
 
 test: setup-dev setup-builder
 	$(BIN)/python -m pytest $(ARGS)

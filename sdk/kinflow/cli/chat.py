@@ -83,13 +83,26 @@ class Chat:
         manifest = self._device.family.manifest
         self._console.print(f"{manifest.id} {manifest.version}, mode {self._mode}; /help lists the commands")
         self._console.print(legend())
-        for line in _lines():
-            if line.startswith("/"):
+        typed = sys.stdin.isatty()
+        if typed:
+            with suppress(ImportError):
+                import readline  # noqa: F401  gives input() the arrow keys
+        while True:
+            try:
+                line = _line("> " if typed else "")
                 if line == "/quit":
                     return
-                self._command(*line.split())
-            elif line:
-                self._reply(line)
+                self._hear(line)
+            except KeyboardInterrupt:
+                if not typed:
+                    raise
+                print("\n/quit ends the conversation")
+
+    def _hear(self, line: str) -> None:
+        if line.startswith("/"):
+            self._command(*line.split())
+        elif line:
+            self._reply(line)
 
     def _command(self, name: str, *words: str) -> None:
         from kinflow.text.device import MODES
@@ -116,15 +129,17 @@ class Chat:
             self._console.print(f"error: {exc}", style="red", markup=False)
             return
         reply = ""
-        with _stoppable() as stopped, closing(iter(generation)) as tokens:
-            for token in tokens:
-                self._console.print(piece(token), end="")
-                reply += token.text
-                if stopped():
-                    break
+        try:
+            with _stoppable() as stopped, closing(iter(generation)) as tokens:
+                for token in tokens:
+                    self._console.print(piece(token), end="")
+                    reply += token.text
+                    if stopped():
+                        break
+        finally:
+            self._turns.append({"role": "assistant", "content": reply})
         self._console.print()
         self._console.print(statistics(generation.summary))
-        self._turns.append({"role": "assistant", "content": reply})
 
     @property
     def _messages(self) -> list[dict[str, str]]:
@@ -141,25 +156,14 @@ class Chat:
             self._console.print(f"(forgotten: {forgotten} of the oldest replies; the model takes {context} tokens)")
 
 
-def _lines() -> Iterator[str]:
-    """What the user types, without the spaces around."""
-    typed = sys.stdin.isatty()
-    if typed:
-        with suppress(ImportError):
-            import readline  # noqa: F401  gives input() the arrow keys
-    while True:
-        try:
-            line = input("> " if typed else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as exc:
-            raise InputError(f"standard input is not UTF-8: {exc}") from exc
-        except KeyboardInterrupt:
-            if not typed:
-                raise
-            print("\n/quit ends the conversation")
-            continue
-        yield line.strip()
+def _line(prompt: str) -> str:
+    """What the user says, without the spaces around; /quit at the end of standard input. Raises InputError."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return "/quit"
+    except UnicodeDecodeError as exc:
+        raise InputError(f"standard input is not UTF-8: {exc}") from exc
 
 
 @contextmanager
