@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from authority import TestAuthority
 from brokers import KINDS
-from kinflow import Device, topics
+from kinflow import Device, TextDevice, topics
 from kinflow.bundle import MANIFEST
 from kinflow.cli.app import app
 from kinflow.errors import BundleError, LinkError, ServerFailed, SettingsError
@@ -27,6 +27,7 @@ from kinflow.source import BundleSource, Chunk
 from kinflow_edge.allowance import MAX_CLIENTS, Allowance
 from kinflow_edge.server import Server
 from system_fixtures import copy_bundle, sample_images
+from text_client import copy_tiny
 
 NAME = "pulled"
 
@@ -80,6 +81,30 @@ def test_a_device_takes_what_its_member_needs_and_runs(address: BrokerAddress, b
     assert take(address, there).bytes_down == 0
 
 
+def test_a_language_model_is_taken_too(tiny: Path, tmp_path: Path) -> None:
+    """Tokenizer, template and the device's graphs; the text is that of the whole bundle, a damaged file is refused."""
+    there = tmp_path / "bundle"
+    copied = copy_tiny(tiny, tmp_path / "served")
+    with serving(copied) as address, BundleSource(address, "edge", "tiny") as source:
+        pulled = pull(source, there, Wanted())
+        assert (pulled.family, pulled.version) == ("tiny", "1.0.0")
+        names = left(there)
+        assert {"tokenizer.json", "chat_template.jinja", "lower-int8.onnx", "lower-float.onnx"} <= names
+        assert not names & {"upper-float.onnx", "branch-edge-float.onnx", "top-float.onnx"}
+        assert pulled.bytes_down == sum((there / name).stat().st_size for name in names - {MANIFEST})
+        assert pull(source, there, Wanted()).bytes_down == 0
+        graph = copied / "head-int8.onnx"
+        graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
+        with pytest.raises(BundleError, match=r"head-int8\.onnx of .* has sha256"):
+            pull(source, tmp_path / "other", Wanted())
+        assert not (tmp_path / "other").exists()
+    said = []
+    for bundle in (there, tiny):
+        with TextDevice.open(bundle, DeviceSettings(offload=False)) as device:
+            said.append([token.id for token in device.generate("Is it late?", max_tokens=20)])
+    assert said[0] == said[1]
+
+
 def test_an_interrupted_pull_goes_on_where_it_stopped(
     address: BrokerAddress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,10 +125,10 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(
     assert not there.exists()
     asked.extend([("", 0)] * 8)
     pulled = take(address, there)
-    size = (there / "device.onnx").stat().st_size
+    whole = sum((there / name).stat().st_size for name in left(there) - {MANIFEST})
     assert ("device.onnx", 100_000) in asked[8:]
     assert ("device.onnx", 0) not in asked[8:]
-    assert pulled.bytes_down < size
+    assert pulled.bytes_down <= whole - 100_000
     Family.load(there, member="device")
 
 

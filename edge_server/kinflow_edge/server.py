@@ -110,7 +110,7 @@ class Server:
         self.workers = Workers(
             self.node, self.tier, self._models, self.settings, self._connection, self.uplinks, test_client
         )
-        families = {name: model.family for name, model in self._models.items() if isinstance(model, ServedFamily)}
+        families = {name: model.family for name, model in self._models.items()}
         self.shelf = Shelf(self.node, families, self._connection.publish, self.settings.pull_bytes_per_s)
         # Closed in the opposite order: the worker answers what it has admitted, the uplinks give up what they
         # still wait for (it is answered with this tier's own exit), and the connection goes last.
@@ -142,13 +142,12 @@ class Server:
     def _subscriptions(self) -> list[str]:
         alone = self._credentials is not None and not self.settings.broker.group
         group = "" if alone else self.settings.broker.group or self.tier
-        wanted = []
+        wanted = [topics.bundle_requests(self.tier, family, group) for family in self._models]
         for family, model in self._models.items():
             if isinstance(model, ServedText):
                 # A session lives on one node: its requests name it.
                 wanted += [topics.request_to(self.node, family, source, "+") for source in model.sources]
                 continue
-            wanted.append(topics.bundle_requests(self.tier, family, group))
             for split in model.entries:
                 wanted.append(topics.requests(self.tier, family, split, group))
                 wanted.append(topics.request_to(self.node, family, split, "+"))

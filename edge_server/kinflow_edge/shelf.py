@@ -5,27 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from kinflow import topics
-from kinflow.bundle import MANIFEST
+from kinflow.bundle import MANIFEST, safe_path
 from kinflow.errors import BundleError, FamilyMismatch, FrameError, KinflowError, LinkError
 from kinflow.family import Family
 from kinflow.frame import Buffer, pack, unpack
 from kinflow.logs import event
 from kinflow.messages import Busy, Failure, Fetch, Part
 from kinflow.signing import SIGNATURE
+from kinflow.text.family import TextFamily
 from kinflow_edge.allowance import Allowance
 
 log = logging.getLogger("kinflow.shelf")
 
 
 class Shelf:
-    """Answers Fetch messages. It reads from memory: it never waits, and runs on the network thread."""
+    """Answers Fetch messages, on the network thread: from memory, or one part at a time from the disk."""
 
     def __init__(
         self,
         node: str,
-        families: Mapping[str, Family],
+        families: Mapping[str, Family | TextFamily],
         publish: Callable[[str, bytes], None],
         bytes_per_s: float,
     ) -> None:
@@ -51,15 +53,16 @@ class Shelf:
     def _answer(self, fetch: Fetch) -> bytes:
         try:
             contents = self._find(fetch)
+            length = max(0, min(fetch.length, len(contents) - fetch.offset))
+            wait_s = self._allowance.take(fetch.client, length, time.monotonic())
+            if wait_s > 0:
+                return pack(Busy(fetch.id, self._node, wait_s * 1e3))
+            part = contents[fetch.offset : fetch.offset + length]
         except KinflowError as exc:
             return pack(Failure(fetch.id, self._node, exc.code, str(exc)[:512]))
-        part = contents[fetch.offset : fetch.offset + fetch.length]
-        wait_s = self._allowance.take(fetch.client, len(part), time.monotonic())
-        if wait_s > 0:
-            return pack(Busy(fetch.id, self._node, wait_s * 1e3))
         return pack(Part(fetch.id, self._node, len(contents)), part)
 
-    def _find(self, fetch: Fetch) -> bytes:
+    def _find(self, fetch: Fetch) -> bytes | OnDisk:
         files = self._files.get(fetch.family)
         if files is None:
             raise FamilyMismatch(f"family {fetch.family!r} is not served here, {sorted(self._files)} are")
@@ -68,5 +71,32 @@ class Shelf:
         return files[fetch.path]
 
 
-def _contents(family: Family) -> dict[str, bytes]:
-    return {**family.files, MANIFEST: family.raw_manifest, SIGNATURE: family.signatures}
+class OnDisk:
+    """A file too large to keep; whoever pulls it compares its hash."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self._path = path
+        self._size_bytes = size_bytes
+
+    def __len__(self) -> int:
+        return self._size_bytes
+
+    def __getitem__(self, part: slice) -> bytes:
+        """Raises BundleError."""
+        start, end, _ = part.indices(self._size_bytes)
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(start)
+                return stream.read(end - start)
+        except OSError as exc:
+            raise BundleError(f"{self._path}: {exc.strerror}") from exc
+
+
+def _contents(family: Family | TextFamily) -> Mapping[str, bytes | OnDisk]:
+    about = {MANIFEST: family.raw_manifest, SIGNATURE: family.signatures}
+    if isinstance(family, Family):
+        return {**family.files, **about}
+    files = family.manifest.files()
+    if not family.path.is_dir():
+        return about  # a .zip: what it holds is read whole, or not at all
+    return {**{file.path: OnDisk(family.path / safe_path("", file.path), file.bytes) for file in files}, **about}

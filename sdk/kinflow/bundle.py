@@ -35,9 +35,14 @@ def task_of(path: str | Path) -> str:
     """What a bundle is for, by its manifest: `image-classification` or `text-generation`. Raises BundleError."""
     reader = open_reader(Path(path))
     try:
-        return _decode(reader.read(MANIFEST, MAX_MANIFEST_BYTES), str(path), _Task).task
+        return task_in(reader.read(MANIFEST, MAX_MANIFEST_BYTES), str(path))
     finally:
         reader.close()
+
+
+def task_in(raw: bytes, name: str) -> str:
+    """The same of a manifest's bytes."""
+    return _decode(raw, name, _Task).task
 
 
 def decode_manifest(
@@ -49,7 +54,7 @@ def decode_manifest(
     try:
         return _decode(raw, name, kind), signed_by
     except BundleError:
-        found = _decode(raw, name, _Task).task
+        found = task_in(raw, name)
         if found != task and found in USED_BY:
             raise BundleError(
                 f"{name} is a bundle for {found!r}, wanted is one for {task!r}: use {USED_BY[found]}"

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import msgspec
 
-from kinflow.bundle import MANIFEST, MAX_MANIFEST_BYTES, safe_path
+from kinflow.bundle import MANIFEST, MAX_MANIFEST_BYTES, safe_path, task_in, task_of
 from kinflow.errors import BundleError, SettingsError
 from kinflow.family import Family, read_manifest
 from kinflow.files import write_whole
 from kinflow.manifest import BackendName, File, Manifest
 from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
 from kinflow.source import PART_BYTES, BundleSource
+from kinflow.text.family import read_text_manifest
+from kinflow.text.manifest import TASK, TextManifest
 
 SPARE_BYTES = 16 << 20
 TRIAL_TIMEOUT_S = 120.0
@@ -48,6 +50,7 @@ class Wanted:
 
     member: str = "device"
     backend: BackendName = "onnx"
+    """Of an image family; a language model has no other."""
     trusted: TrustedKeys = NO_KEYS
     allow_rollback: bool = False
 
@@ -58,7 +61,7 @@ def pull(source: BundleSource, destination: Path, wanted: Wanted) -> Pulled:
         raise SettingsError(f"{destination} exists and was not pulled: name another place")
     raw = _read_whole(source, MANIFEST, MAX_MANIFEST_BYTES)
     signatures = _read_whole(source, SIGNATURE, MAX_SIGNATURE_BYTES)
-    manifest, _ = read_manifest(raw, signatures, wanted.trusted, str(source.address))
+    manifest = _read_manifest(raw, signatures, wanted.trusted, str(source.address))
     if wanted.member not in manifest.members:
         raise BundleError(f"{manifest.id} has no member {wanted.member!r}, it has {', '.join(manifest.members)}")
     current = _current(destination)
@@ -71,6 +74,20 @@ def pull(source: BundleSource, destination: Path, wanted: Wanted) -> Pulled:
     return Pulled(manifest.id, manifest.version, "" if current is None else current.version, bytes_down)
 
 
+def _read_manifest(raw: bytes, signatures: bytes, trusted: TrustedKeys, name: str) -> Manifest | TextManifest:
+    """Raises BundleError."""
+    if trusted.keys:
+        trusted.check(raw, signatures, name)
+    if task_in(raw, name) == TASK:
+        return read_text_manifest(raw, signatures, trusted, name)[0]
+    return read_manifest(raw, signatures, trusted, name)[0]
+
+
+class _Named(msgspec.Struct):
+    id: str
+    version: str
+
+
 @dataclass(frozen=True)
 class _Current:
     family: str
@@ -81,7 +98,7 @@ class _Current:
 def _current(destination: Path) -> _Current | None:
     try:
         raw = (destination / MANIFEST).read_bytes()
-        manifest = msgspec.json.decode(raw, type=Manifest)
+        manifest = msgspec.json.decode(raw, type=_Named)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as exc:
@@ -89,7 +106,7 @@ def _current(destination: Path) -> _Current | None:
     return _Current(manifest.id, manifest.version, raw)
 
 
-def _check_successor(current: _Current, manifest: Manifest, raw: bytes, allow_rollback: bool) -> bool:
+def _check_successor(current: _Current, manifest: Manifest | TextManifest, raw: bytes, allow_rollback: bool) -> bool:
     """Whether it is there already. Raises BundleError for another family, or an older version without leave."""
     if manifest.id != current.family:
         raise BundleError(f"the bundle there is {current.family}, the server has {manifest.id}: name another place")
@@ -125,12 +142,21 @@ def _read_whole(source: BundleSource, path: str, limit_bytes: int) -> bytes:
 
 
 def _collect(
-    source: BundleSource, stage: Path, manifest: Manifest, raw: bytes, signatures: bytes, wanted: Wanted
+    source: BundleSource,
+    stage: Path,
+    manifest: Manifest | TextManifest,
+    raw: bytes,
+    signatures: bytes,
+    wanted: Wanted,
 ) -> int:
     """Everything into `stage`, which keeps what an earlier attempt at the same bundle had got; bytes that came."""
     if stage.exists() and (not (stage / MANIFEST).exists() or (stage / MANIFEST).read_bytes() != raw):
         shutil.rmtree(stage)
-    files = {file.path: file for file in manifest.files_of(wanted.member, wanted.backend)}
+    if isinstance(manifest, TextManifest):
+        wanted_files = manifest.files_of(wanted.member)
+    else:
+        wanted_files = manifest.files_of(wanted.member, wanted.backend)
+    files = {file.path: file for file in wanted_files}
     needed = sum(file.bytes for file in files.values())
     stage.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(stage.parent).free
@@ -170,7 +196,8 @@ def _fetch(source: BundleSource, stage: Path, file: File) -> int:
 
 def _try_out(folder: Path, wanted: Wanted) -> None:
     """One answer of the new member, in a process of its own: a graph can take its process with it."""
-    Family.load(folder, trusted=wanted.trusted, member=wanted.member, backend=wanted.backend)
+    if task_of(folder) != TASK:
+        Family.load(folder, trusted=wanted.trusted, member=wanted.member, backend=wanted.backend)
     command = [sys.executable, "-m", "kinflow.trial", str(folder), wanted.member, wanted.backend]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S, check=False)

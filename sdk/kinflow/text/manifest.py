@@ -127,6 +127,12 @@ class TextManifest(_Strict, frozen=True):
             for graph in segment.graphs.values():
                 yield graph.file
 
+    def files_of(self, member: str) -> list[File]:
+        """What this member needs, at every precision."""
+        segments = [self.segments[name] for name in self.members[member].segments]
+        graphs = [graph.file for segment in segments for graph in segment.graphs.values()]
+        return [self.tokenizer, self.chat_template, *graphs]
+
     def last_exit(self) -> str:
         """The largest member's."""
         return list(self.exits)[-1]
