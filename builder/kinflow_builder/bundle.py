@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,13 +18,16 @@ from kinflow.manifest import File, Manifest
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` in the end; after an error that is as it was."""
+def staged(folder: Path, load: Callable[[Path], object] = Family.load) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` in the end; after an error that is as it was.
+
+    `load` reads it back before: it raises BundleError for a bundle that does not hold together.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield stage
-        Family.load(stage)
+        load(stage)
         stage.chmod(0o755)
         _replace(folder, stage)
     finally:

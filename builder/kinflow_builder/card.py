@@ -54,7 +54,7 @@ By `kinflow certify`, after the rest of this card was written. These thresholds 
 and bytes above were measured with the earlier ones. The certifying pictures have the sha256
 {", ".join(f"`{digest}`" for digest in sorted(digests))}.
 
-{_table(EXIT_COLUMNS, rows)}"""
+{table(EXIT_COLUMNS, rows)}"""
     path.write_text(f"{text}\n\n{section}\n", encoding="utf-8")
 
 
@@ -106,7 +106,7 @@ On the {found.images:,} test images. *Coded*: quantised, coded and decoded at ev
 everything from the input on, every branch on the way too. Times are medians of one image on one thread of the
 machine that built this, from where a member begins in service.{tflite}
 
-{_table(columns, rows)}
+{table(columns, rows)}
 
 The smallest member takes {times}."""
 
@@ -129,7 +129,7 @@ def _features(manifest: Manifest, found: Figures) -> str:
 Mean bytes of one image: of a codec on the images that it was fitted for, of the others on {found.curve_images:,} test
 images.
 
-{_table(("sent", "bytes"), rows)}{took}"""
+{table(("sent", "bytes"), rows)}{took}"""
 
 
 def _baselines(found: Figures) -> str:
@@ -158,7 +158,7 @@ def _baselines(found: Figures) -> str:
 Every one of {found.curve_images:,} test images sent to the largest member: as features of the smallest one, or as a
 file with its header. Files that another one beats with as few bytes are left out.
 
-{_table(("sent", "bytes", "top-1"), rows)}{figure}
+{table(("sent", "bytes", "top-1"), rows)}{figure}
 
 The line of swept thresholds is the family in service on the same images, one threshold for all exits; what stays
 on the device costs no bytes."""
@@ -181,7 +181,7 @@ Mean ms of an answer: compute and coding as measured on the machine that built t
 L = t_device + sum over hops of share x (t_encode + RTT + 8 bytes / bandwidth + t_decode + t_member).
 The edge's line to the cloud: {latency.TO_THE_CLOUD.text.partition(", ")[2]}.
 
-{_table(columns, rows)}"""
+{table(columns, rows)}"""
 
 
 EXIT_COLUMNS = ("exit", "temperature", "threshold", "certificate")
@@ -202,7 +202,7 @@ The risk is the share of all images whose answer is a loss ({risks or "none is c
 come from Learn then Test (arXiv 2110.01052) with exact binomial p-values. Each certificate holds alone,
 for images like those that it was made with: `kinflow certify` makes one for yours.
 
-{_table((*EXIT_COLUMNS, "answered here"), rows)}
+{table((*EXIT_COLUMNS, "answered here"), rows)}
 
 All tiers together, on the test images: {percent(found.cascade.top1)} right,
 {found.cascade.bytes_mean:.1f} bytes sent per image."""
@@ -218,7 +218,7 @@ def _promise(exit: Exit) -> str:
 
 def _files(manifest: Manifest) -> str:
     rows = [(file.path, f"{file.bytes / 1e3:.1f}") for file in manifest.files()]
-    return f"## Files\n\n{_table(('file', 'kB'), rows)}"
+    return f"## Files\n\n{table(('file', 'kB'), rows)}"
 
 
 def _reproduce(recipe: AnyRecipe) -> str:
@@ -238,7 +238,7 @@ def _reproduce(recipe: AnyRecipe) -> str:
 torch rounds differently: weights then differ, and these figures by some tenths of a point."""
 
 
-def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -13,8 +13,11 @@ import typer
 from kinflow.errors import BackendError, SettingsError
 from kinflow_builder.recipe import RECIPE, Recipe
 from kinflow_builder.stitch_recipe import load as load_recipe
+from kinflow_builder.text.recipe import is_text
+from kinflow_builder.text.recipe import load as load_text
 
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime", "scipy", "matplotlib", "PIL", "rich", "tomli_w")
+NEEDED_FOR_TEXT = ("onnx", "onnxruntime", "scipy", "matplotlib", "rich", "gguf", "safetensors", "tokenizers", "jinja2")
 NEEDED_FOR_TFLITE = ("litert_torch", "ai_edge_litert")
 
 
@@ -30,7 +33,10 @@ def build(
     images: Annotated[
         Path | None,
         typer.Option(
-            "--images", "--data", help="Folder with the pictures; else where the recipe says.", show_default=False
+            "--images",
+            "--data",
+            help="Folder with pictures, or texts; else where the recipe says.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
@@ -50,6 +56,9 @@ def build(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's training.epochs.", show_default=False)
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="A language model's branches, though the recipe has trained ones.")
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Forget an interrupted build, or go on from it.")
     ] = False,
@@ -60,6 +69,9 @@ def build(
     test/<class>/): then a recipe is made and kept beside the bundle. Safe to interrupt: the next call goes on after
     the last finished epoch. The log is train.log.
     """
+    if recipe is not None and model is None and is_text(recipe):
+        _text_family(recipe, images, out, train=train or fresh, fresh=fresh)
+        return
     _check_installed(NEEDED, "builder")
     if (recipe is None) == (model is None):
         raise SettingsError("name a recipe, or a model with --model FILE.py:FUNCTION --images FOLDER --out BUNDLE")
@@ -73,6 +85,18 @@ def build(
     if fresh or not (work / RECIPE).is_file():
         _write_recipe(work, model, images, out.name, splits, size, minutes, seed, threads)
     _from_recipe(work, images, out, epochs, fresh=fresh, model=_absolute(model))
+
+
+def _text_family(path: Path, data: Path | None, out: Path | None, *, train: bool, fresh: bool) -> None:
+    chosen = load_text(path)
+    folder = path.parent if path.suffix == ".toml" else path
+    _check_installed(NEEDED_FOR_TEXT, "builder")
+
+    from kinflow_builder.log import BuildLog
+    from kinflow_builder.text.build import TextBuild, build_text_family
+
+    log = BuildLog(folder / "train.log")
+    build_text_family(TextBuild(folder, out or folder / "bundle", chosen, log, data), train=train, fresh=fresh)
 
 
 def _from_recipe(

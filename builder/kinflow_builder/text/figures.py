@@ -1,25 +1,34 @@
 """What is measured of a text family, by its own graphs: agreement, perplexity, confidence, size of features.
 
-All of it on texts of token ids; the largest member is the reference.
+The largest member is the reference; the device's segments run at the precision that ships.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kinflow.text.manifest import Certificate, Precision
+from kinflow_builder.calibrate import certify, temperature
 from kinflow_builder.text.chain import Floats, Ids, Part, open_graph
 from kinflow_builder.text.cut import EXITS
 
-if TYPE_CHECKING:
-    from kinflow_builder.text.graph import Precision
+Number = TypeVar("Number", bound=np.generic)
 
-DEVICE = "device"
-ROUNDED = 1e-3
+DEVICE, LAST = "device", "cloud"
+BATCH = 8
+# Logits of so many positions are looked at together.
+ROWS = 256
+# Of the texts: they fit temperatures, the others certify.
+FITTING_SHARE = 0.25
+FITTING_ROWS = 1000
+# A text's first tokens have features a hundred times as large; they would hide the usual size of a channel.
+OUTLIER = 4.0
 
 
 class ExitFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,7 +39,8 @@ class ExitFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     perplexity: float
     """On text that people wrote."""
     temperature: float = 1.0
-    """Of its confidence, fitted to how often it agrees."""
+    """With it, the exit's confidence is how often it agrees."""
+    certificate: Certificate | None = None
 
 
 class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,16 +51,45 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Root mean square of each channel of the features, by split."""
     margin_bound: float
     """By how much coding features as float16 may move a logit."""
+    agreement_float: float
+    """The device exit's agreement with graphs that compute with floats."""
+    own_tokens: int
+    """Positions that agreement was measured on."""
+    written_tokens: int
+    own_source: str
+    """Whose prompts the greedy texts continue."""
+    written_source: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What figures are measured on."""
+
+    own: Ids
+    """[texts, tokens], partly the largest member's own greedy tokens."""
+    chosen: npt.NDArray[np.bool_]
+    """[texts, tokens]: the token is such a one."""
+    written: Ids
+    """[texts, tokens] by people."""
+    own_source: str
+    written_source: str
+
+
+class Promise(NamedTuple):
+    """What certificates must hold."""
+
+    epsilon: float
+    delta: float
 
 
 class Graphs:
     """A bundle's graphs: the device's at a precision, the rest as floats."""
 
     def __init__(self, folder: Path, device: Precision, threads: int = 1) -> None:
-        def path(name: str, precision: str) -> Path:
+        def path(name: str, precision: Precision) -> Path:
             return folder / f"{name}-{precision}.onnx"
 
-        on_device = {"lower", "branch-device"}
+        on_device = set(EXITS[DEVICE])
         names = {name for exit in EXITS.values() for name in exit}
         self.parts = {
             name: Part(open_graph(path(name, device if name in on_device else "float"), threads)) for name in names
@@ -64,19 +103,31 @@ class Graphs:
 
     def run(self, ids: Ids, exits: tuple[str, ...] = tuple(EXITS)) -> dict[str, Floats]:
         """The next tokens [B,T] -> normed hidden values by exit, and the features by segment."""
-        found: dict[str, npt.NDArray[np.generic]] = {}
+        found: dict[str, Floats] = {}
         for name in exits:
             values: npt.NDArray[np.generic] = ids
             for segment in EXITS[name]:
                 if segment not in found:
                     found[segment] = self.parts[segment].run(values)
                 values = found[segment]
-            found[name] = values
-        return found  # type: ignore[return-value]
+            found[name] = found[EXITS[name][-1]]
+        return found
+
+    def whole(self, ids: Ids, exits: tuple[str, ...] = tuple(EXITS)) -> dict[str, Floats]:
+        """`run` for texts from their beginning."""
+        self.forget()
+        return self.run(ids, exits)
 
     def logits(self, exit: str, hidden: Floats) -> Floats:
         """hidden [N,d] -> [N,V]"""
-        return np.asarray(self.heads[exit].run(None, {"hidden": hidden})[0])
+        return np.asarray(self.heads[exit].run(None, {"hidden": np.ascontiguousarray(hidden)})[0])
+
+
+class Choices(NamedTuple):
+    """Of one exit, at the positions whose next token the largest member chose."""
+
+    token: Ids
+    confidence: npt.NDArray[np.float64]
 
 
 def greedy(graphs: Graphs, prompts: Ids, count: int) -> Ids:
@@ -84,64 +135,130 @@ def greedy(graphs: Graphs, prompts: Ids, count: int) -> Ids:
     graphs.forget()
     texts, new = prompts, prompts
     for _ in range(count):
-        hidden = graphs.run(new, ("cloud",))["cloud"]
-        new = graphs.logits("cloud", hidden[:, -1]).argmax(-1)[:, None]
+        hidden = graphs.run(new, (LAST,))[LAST]
+        new = graphs.logits(LAST, hidden[:, -1]).argmax(-1)[:, None]
         texts = np.concatenate([texts, new], 1)
-    graphs.forget()
     return texts
 
 
-def measure(graphs: Graphs, own: Ids, begin: int, written: Ids) -> Figures:
-    """`own`: greedy texts [n,T] whose tokens from `begin` on are the largest member's; `written`: texts of people."""
-    agreement = _agreement(graphs, own, begin)
-    perplexity = _perplexity(graphs, written)
-    graphs.forget()
-    features = graphs.run(own, ("cloud",))
-    scales = {"s1": _scale(features["lower"]), "s2": _scale(features["upper"])}
-    exits = {name: ExitFigures(agreement[name], perplexity[name]) for name in EXITS}
-    return Figures(exits, scales, margin_bound(graphs, own))
+def measure(graphs: Graphs, exact: Graphs, samples: Samples, promise: Promise) -> Figures:
+    """`exact`: the same family with the device's graphs as floats."""
+    cut = max(1, int(FITTING_SHARE * len(samples.own)))
+    temperatures = _temperatures(graphs, samples.own[:cut], samples.chosen[:cut])
+    found = _choices(graphs, samples, temperatures)
+    taught = found[LAST].token
+    # Neighbours are alike: whole texts fit, other ones certify.
+    fitted = int(samples.chosen[:cut, 1:].sum())
+    perplexities = _perplexities(graphs, samples.written)
+    exits = {}
+    for name, choice in found.items():
+        same = choice.token == taught
+        certificate = None
+        if name != LAST:
+            certificate = _certificate(choice.confidence[fitted:], ~same[fitted:], promise)
+        exits[name] = ExitFigures(
+            agreement=round(float(same.mean()), 4),
+            perplexity=round(perplexities[name], 3),
+            temperature=temperatures[name],
+            certificate=certificate,
+        )
+    floats = _choices(exact, samples, {DEVICE: 1.0})[DEVICE].token
+    features = graphs.whole(samples.own[:BATCH], (LAST,))
+    return Figures(
+        exits=exits,
+        scales={"s1": _scale(features["lower"]), "s2": _scale(features["upper"])},
+        margin_bound=_margin_bound(exact, samples.own[:BATCH]),
+        agreement_float=round(float((floats == taught).mean()), 4),
+        own_tokens=len(taught),
+        written_tokens=samples.written.size,
+        own_source=samples.own_source,
+        written_source=samples.written_source,
+    )
 
 
-def _agreement(graphs: Graphs, own: Ids, begin: int) -> dict[str, float]:
-    graphs.forget()
-    found = graphs.run(own)
-    chosen = {name: _flat_logits(graphs, name, found[name][:, begin - 1 : -1]).argmax(-1) for name in EXITS}
-    return {name: float((tokens == own[:, begin:].ravel()).mean()) for name, tokens in chosen.items()}
+def _temperatures(graphs: Graphs, texts: Ids, chosen: npt.NDArray[np.bool_]) -> dict[str, float]:
+    hidden: dict[str, list[Floats]] = {name: [] for name in EXITS}
+    targets = []
+    for ids, mask in zip(_batches(texts), _batches(chosen), strict=True):
+        places = mask[:, 1:]
+        targets.append(ids[:, 1:][places])
+        for name in EXITS:
+            hidden[name].append(graphs.whole(ids, (name,))[name][:, :-1][places])
+    labels = np.concatenate(targets)[:FITTING_ROWS]
+    # The last exit agrees with itself always, however sure it is.
+    del hidden[LAST]
+    return {LAST: 1.0} | {
+        name: round(temperature(graphs.logits(name, np.concatenate(parts)[:FITTING_ROWS]), labels), 4)
+        for name, parts in hidden.items()
+    }
 
 
-def _perplexity(graphs: Graphs, written: Ids) -> dict[str, float]:
-    graphs.forget()
-    found = graphs.run(written)
-    targets = written[:, 1:].ravel()
-    return {name: perplexity(_flat_logits(graphs, name, found[name][:, :-1]), targets) for name in EXITS}
+def _choices(graphs: Graphs, samples: Samples, temperatures: dict[str, float]) -> dict[str, Choices]:
+    names = tuple(temperatures)
+    tokens: dict[str, list[Ids]] = {name: [] for name in names}
+    confidences: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in names}
+    for ids, mask in zip(_batches(samples.own), _batches(samples.chosen), strict=True):
+        hidden = graphs.whole(ids, names)
+        for name in names:
+            rows = hidden[name][:, :-1][mask[:, 1:]]
+            for begin in range(0, len(rows), ROWS):
+                scaled = graphs.logits(name, rows[begin : begin + ROWS]) / temperatures[name]
+                tokens[name].append(scaled.argmax(-1))
+                # Of the likeliest token: 1 / sum of exp(other - it).
+                shifted = np.exp(scaled - scaled.max(-1, keepdims=True))
+                confidences[name].append(1 / shifted.sum(-1, dtype=np.float64))
+    return {name: Choices(np.concatenate(tokens[name]), np.concatenate(confidences[name])) for name in names}
 
 
-def perplexity(logits: Floats, targets: Ids) -> float:
-    """exp of the mean negative log likelihood; logits [n,V], targets [n]."""
+def _certificate(
+    confidence: npt.NDArray[np.float64], losses: npt.NDArray[np.bool_], promise: Promise
+) -> Certificate | None:
+    found = certify(confidence, losses, promise.epsilon, promise.delta)
+    if found.kept_share == 0:
+        return None
+    return Certificate(found.threshold, promise.epsilon, promise.delta, found.n, round(found.kept_share, 4))
+
+
+def _perplexities(graphs: Graphs, written: Ids) -> dict[str, float]:
+    total = dict.fromkeys(EXITS, 0.0)
+    for ids in _batches(written):
+        hidden = graphs.whole(ids)
+        targets = ids[:, 1:].ravel()
+        for name in EXITS:
+            rows = hidden[name][:, :-1].reshape(len(targets), -1)
+            for begin in range(0, len(rows), ROWS):
+                part = slice(begin, begin + ROWS)
+                total[name] += negative_log_likelihood(graphs.logits(name, rows[part]), targets[part])
+    return {name: float(np.exp(value / written[:, 1:].size)) for name, value in total.items()}
+
+
+def negative_log_likelihood(logits: Floats, targets: Ids) -> float:
+    """Summed over rows; logits [n,V], targets [n]."""
     shifted = logits - logits.max(-1, keepdims=True)
     normaliser = np.log(np.exp(shifted).sum(-1, dtype=np.float64))
-    return float(np.exp((normaliser - shifted[np.arange(len(targets)), targets]).mean()))
+    return float((normaliser - shifted[np.arange(len(targets)), targets]).sum())
 
 
-def margin_bound(graphs: Graphs, texts: Ids) -> float:
-    """The largest difference of a logit that rounding the features at s1 to float16 makes, doubled for safety."""
-    graphs.forget()
-    exact = graphs.run(texts, ("cloud",))
+def _margin_bound(graphs: Graphs, texts: Ids) -> float:
+    """Twice the largest difference of a logit that rounding the features at s1 to float16 makes."""
+    exact = graphs.whole(texts, (LAST,))
     for name in ("upper", "top"):
         graphs.parts[name].forget()
     hidden = exact["lower"].astype(np.float16).astype(np.float32)
     hidden = graphs.parts["top"].run(graphs.parts["upper"].run(hidden))
-    width = hidden.shape[-1]
-    difference = graphs.logits("cloud", hidden.reshape(-1, width)) - graphs.logits(
-        "cloud", exact["cloud"].reshape(-1, width)
-    )
-    return 2 * float(np.abs(difference).max())
-
-
-def _flat_logits(graphs: Graphs, exit: str, hidden: Floats) -> Floats:
-    return graphs.logits(exit, np.ascontiguousarray(hidden.reshape(-1, hidden.shape[-1])))
+    largest = 0.0
+    for ours, theirs in zip(hidden, exact[LAST], strict=True):
+        difference = graphs.logits(LAST, ours) - graphs.logits(LAST, theirs)
+        largest = max(largest, float(np.abs(difference).max()))
+    return float(f"{2 * largest:.3g}")
 
 
 def _scale(features: Floats) -> list[float]:
-    rms = np.sqrt(np.square(features).mean((0, 1)))
-    return [float(f"{value:.4g}") for value in np.maximum(rms, 1e-6)]
+    rows = features.reshape(-1, features.shape[-1])
+    size = np.linalg.norm(rows, axis=1)
+    usual = rows[size < OUTLIER * np.median(size)]
+    return [float(f"{value:.4g}") for value in np.maximum(np.sqrt(np.square(usual).mean(0)), 1e-6)]
+
+
+def _batches(texts: npt.NDArray[Number]) -> list[npt.NDArray[Number]]:
+    return [texts[begin : begin + BATCH] for begin in range(0, len(texts), BATCH)]

@@ -1,7 +1,7 @@
 """Reads a Llama-style model, its tokenizer and its chat template from one GGUF file.
 
-Converters write the rows of query and key so that rotary pairs are neighbours; here, as in the graphs, the first half of
-a head is paired with the second: the rows go back.
+Converters write the rows of query and key so that rotary pairs are neighbours; here, as in the graphs, the first half
+of a head is paired with the second: the rows go back.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kinflow.errors import InputError
-from kinflow_builder.text.bundle import Texts
-from kinflow_builder.text.shape import Floats, Model, Shape
+from kinflow_builder.text.shape import Floats, Model, Shape, Texts
 from kinflow_builder.text.tokenizer import byte_level
 
 if TYPE_CHECKING:
@@ -93,7 +92,8 @@ def _shape(reader: GGUFReader, embedding: Floats) -> Shape:
 def unpermuted(weight: Floats, heads: int) -> Floats:
     """weight [heads*D, width] with rotary pairs as neighbours -> halves."""
     rows, width = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, width))
 
 
 def _texts(reader: GGUFReader, path: Path) -> Texts:

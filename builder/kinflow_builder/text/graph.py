@@ -7,13 +7,14 @@ Inputs: `ids` or `hidden`, `past` [B,P,L,2,H,D], `positions` [B,T], `bias` [B,1,
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from kinflow.text.manifest import Precision
 from kinflow_builder.text.shape import Floats, Shape, Weights
 
 OPSET = 20
@@ -24,12 +25,13 @@ BLOCK = 32
 # onnxruntime's: activations are rounded to 8 bits too, block by block.
 INT8_ARITHMETIC = 4
 
-Precision = Literal["float", "int8"]
-"""int8: every matrix in 8 bits with a scale for each block of 32, and so, on the way, is what it is applied to."""
-
 
 class Writer:
-    """Nodes and constants of a graph as it grows. Every method that computes returns the name of what it made."""
+    """Nodes and constants of a graph as it grows. Every method that computes returns the name of what it made.
+
+    With the precision int8 every matrix has 8 bits and a scale for each block of 32 values, and what it is applied to
+    is rounded the same way, token by token: what else is in a batch changes nothing.
+    """
 
     def __init__(self, precision: Precision = "float") -> None:
         self.precision = precision

@@ -64,6 +64,17 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Text <-> token ids."""
+
+    tokenizer: bytes
+    """tokenizer.json"""
+    chat_template: str
+    """jinja2"""
+    stop_tokens: list[int]
+
+
+@dataclass(frozen=True)
 class Branch:
     """Layers and norm that belong to one exit."""
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from kinflow.text.family import TextFamily
+from kinflow_builder.bundle import staged
 from kinflow_builder.text import cut as cuts
-from kinflow_builder.text.bundle import About, Texts, write_graphs, write_manifest
+from kinflow_builder.text.bundle import About, write_graphs, write_manifest
 from kinflow_builder.text.cut import Cut
-from kinflow_builder.text.figures import Figures, Graphs, greedy, measure
-from kinflow_builder.text.shape import Floats, Model, Shape, Weights
+from kinflow_builder.text.figures import Figures, Graphs, Promise, Samples, greedy, measure
+from kinflow_builder.text.shape import Floats, Model, Shape, Texts, Weights
 from kinflow_builder.text.tokenizer import byte_level
 
 SHAPE = Shape(
@@ -41,15 +43,17 @@ SIZES = (2.0, 2.0, 0.8, 0.6, 0.5, 0.4)
 
 def write_tiny(folder: Path, seed: int = 0) -> Figures:
     """The bundle, into `folder`; what was measured of it."""
-    folder.mkdir(parents=True, exist_ok=True)
     model = random_model(seed)
     about = About("tiny", "1.0.0", "A random model for tests", "Apache-2.0", SHAPE.context)
-    listed = write_graphs(folder, model, CUT, cuts.untrained(model, CUT), done=lambda _: None)
-    graphs = Graphs(folder, "int8")
-    prompts = np.random.default_rng(seed).integers(len(SPECIAL), SHAPE.vocabulary, (16, 8))
-    texts = greedy(graphs, prompts, 64)
-    figures = measure(graphs, texts, prompts.shape[1], texts)
-    write_manifest(folder, about, model, CUT, Texts(tokenizer(), TEMPLATE, [2]), listed, figures)
+    with staged(folder, TextFamily.load) as stage:
+        listed = write_graphs(stage, model, CUT, cuts.untrained(model, CUT), done=lambda _: None)
+        graphs, exact = Graphs(stage, "int8"), Graphs(stage, "float")
+        prompts = np.random.default_rng(seed).integers(len(SPECIAL), SHAPE.vocabulary, (16, 8))
+        own = greedy(exact, prompts, 64)
+        chosen = np.arange(own.shape[1]) >= np.full((len(own), 1), prompts.shape[1])
+        samples = Samples(own, chosen, own, "random bytes", "its own texts")
+        figures = measure(graphs, exact, samples, Promise(0.05, 0.05))
+        write_manifest(stage, about, model, CUT, Texts(tokenizer(), TEMPLATE, [2]), listed, figures)
     return figures
 
 

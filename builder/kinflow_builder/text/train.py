@@ -1,0 +1,91 @@
+"""Trains a family's branches: the corpus first, then one branch after the other, then figures of what they became."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kinflow_builder import checkpoint
+from kinflow_builder.text import cut as cuts
+from kinflow_builder.text.bundle import write_graphs
+from kinflow_builder.text.distil import Lesson, Trainer, agreement
+from kinflow_builder.text.figures import Figures, Graphs, Promise, measure
+from kinflow_builder.text.lessons import corpus, lesson
+from kinflow_builder.text.llama import branch_of, stack_of
+from kinflow_builder.text.samples import samples
+from kinflow_builder.text.shape import Branch, Model, Texts
+from kinflow_builder.text.stored import rounded
+
+if TYPE_CHECKING:
+    from kinflow_builder.text.build import TextBuild
+
+# Of the corpus: agreement is logged on them, they are not trained on.
+HELD_OUT = 32
+
+
+def trained(build: TextBuild, model: Model, texts: Texts, *, fresh: bool) -> tuple[dict[str, Branch], Figures]:
+    """Branches by exit, rounded as they are stored, and their figures.
+
+    Every finished batch of texts and every epoch is saved in the work folder; the next call goes on from there, with
+    the same result as in one go, unless `fresh`.
+    """
+    recipe, work = build.recipe, build.work
+    torch.set_num_threads(recipe.training.threads)
+    torch.manual_seed(recipe.training.seed)
+    if fresh:
+        for path in work.glob("*.pt"):
+            path.unlink()
+    if not any(work.glob("*.pt")):
+        build.log.truncate()
+        build.log.line(f"{recipe.id} {recipe.version}: seed {recipe.training.seed}")
+    splits = {"device": recipe.cut.s1, "edge": recipe.cut.s2}
+    written = corpus(recipe, model, texts, work, build.log, tuple(splits.values()))
+    own = [text for part in written for text in part.own]
+    branches = {}
+    for exit, begun in cuts.untrained(model, recipe.cut).items():
+        lessons = lesson(written, splits[exit])
+        branches[exit] = rounded(_learn(build, model, exit, begun, lessons, own))
+    return branches, measured(build, model, texts, branches)
+
+
+def measured(build: TextBuild, model: Model, texts: Texts, branches: dict[str, Branch]) -> Figures:
+    """By the graphs that ship."""
+    check = build.recipe.check
+    found = samples(build.recipe, model, texts, build.data, build.log)
+    with tempfile.TemporaryDirectory() as folder:
+        write_graphs(Path(folder), model, build.recipe.cut, branches, done=lambda _: None)
+        threads = build.recipe.training.threads
+        graphs, exact = (Graphs(Path(folder), precision, threads) for precision in ("int8", "float"))
+        figures = measure(graphs, exact, found, Promise(check.epsilon, check.delta))
+    for exit, values in figures.exits.items():
+        build.log.line(f"exit {exit}: agreement {values.agreement:.1%}, perplexity {values.perplexity:.2f}")
+    return figures
+
+
+def _learn(
+    build: TextBuild, model: Model, exit: str, begun: Branch, lessons: Lesson, own: list[torch.Tensor]
+) -> Branch:
+    spec, log = build.recipe.training, build.log
+    path, digest = build.work / f"branch-{exit}.pt", build.recipe.digest()
+    state = checkpoint.load(path, digest)
+    known, unseen = lessons.part(0, len(lessons) - HELD_OUT), lessons.part(len(lessons) - HELD_OUT, len(lessons))
+    trainer = Trainer(stack_of(model.shape, begun), torch.from_numpy(model.head), known, spec)
+    if state is not None:
+        trainer.load_state(state)
+        log.line(f"branch {exit}: resumed after epoch {trainer.epoch}")
+    with log.progress(f"branch {exit}", spec.epochs * trainer.steps, trainer.epoch * trainer.steps) as bar:
+        while trainer.epoch < spec.epochs:
+            begin, begin_cpu = time.monotonic(), time.process_time()
+            divergence = trainer.run_epoch(bar.advance)
+            checkpoint.save(path, digest, trainer.state())
+            agreed = agreement(trainer.branch, trainer.head, unseen, own[len(lessons) - HELD_OUT :])
+            seconds, cpu = time.monotonic() - begin, time.process_time() - begin_cpu
+            log.line(
+                f"branch {exit}: epoch {trainer.epoch}/{spec.epochs}: {seconds:.0f} s ({cpu:.0f} s of CPU), "
+                f"divergence {divergence:.3f}, agreement on own texts {agreed:.1%}"
+            )
+    return branch_of(trainer.branch)
