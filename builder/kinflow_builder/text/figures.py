@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kinflow.errors import InputError
 from kinflow.text.manifest import Certificate, Precision
 from kinflow_builder.calibrate import certify, temperature
 from kinflow_builder.text.chain import Floats, Ids, Part, open_graph
@@ -142,8 +143,10 @@ def greedy(graphs: Graphs, prompts: Ids, count: int) -> Ids:
 
 
 def measure(graphs: Graphs, exact: Graphs, samples: Samples, promise: Promise) -> Figures:
-    """`exact`: the same family with the device's graphs as floats."""
+    """`exact`: the same family with the device's graphs as floats. Raises InputError for too short texts."""
     cut = max(1, int(FITTING_SHARE * len(samples.own)))
+    if not (samples.chosen[:cut, 1:].any() and samples.chosen[cut:, 1:].any()):
+        raise InputError("the texts end before an answer begins: give the recipe more check.tokens or check.texts")
     temperatures = _temperatures(graphs, samples.own[:cut], samples.chosen[:cut])
     found = _choices(graphs, samples, temperatures)
     taught = found[LAST].token

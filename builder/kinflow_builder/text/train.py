@@ -86,6 +86,6 @@ def _learn(
             seconds, cpu = time.monotonic() - begin, time.process_time() - begin_cpu
             log.line(
                 f"branch {exit}: epoch {trainer.epoch}/{spec.epochs}: {seconds:.0f} s ({cpu:.0f} s of CPU), "
-                f"divergence {divergence:.3f}, agreement on own texts {agreed:.1%}"
+                f"divergence {divergence:.4f}, agreement on own texts {agreed:.1%}"
             )
     return branch_of(trainer.branch)
