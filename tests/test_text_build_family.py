@@ -102,7 +102,7 @@ def _after_one_epoch(folder: Path, model: Path) -> dict[str, object]:
     """Leaves the checkpoint of the device's branch as an interruption would."""
     from kinflow_builder import checkpoint
     from kinflow_builder.log import BuildLog
-    from kinflow_builder.text import cut as cuts
+    from kinflow_builder.text.bridge import begun
     from kinflow_builder.text.distil import Trainer
     from kinflow_builder.text.lessons import corpus, lesson
     from kinflow_builder.text.llama import stack_of
@@ -113,9 +113,9 @@ def _after_one_epoch(folder: Path, model: Path) -> dict[str, object]:
     torch.set_num_threads(1)
     written = corpus(recipe, weights, texts, folder / "work", BuildLog(folder / "train.log"), (2, 4))
     lessons = lesson(written, 2)
-    begun = cuts.untrained(weights, recipe.cut)["device"]
     known = lessons.part(0, len(lessons) - HELD_OUT)
-    trainer = Trainer(stack_of(SHAPE, begun), torch.from_numpy(weights.head), known, recipe.training)
+    branch = begun(Llama(weights), 2, 1, known.features)
+    trainer = Trainer(stack_of(SHAPE, branch), torch.from_numpy(weights.head), known, recipe.training)
     trainer.run_epoch(lambda: None)
     checkpoint.save(folder / "work/branch-device.pt", recipe.digest(), trainer.state())
     return trainer.state()

@@ -16,10 +16,13 @@ pytest.importorskip("onnx", reason="pip install 'kinflow[builder]'")
 import onnx
 
 from kinflow.text.cache import Cache, stack
+from kinflow.text.manifest import Precision
 from kinflow.text.segment import SegmentRunner
 from kinflow_builder.text import graph
-from kinflow_builder.text.llama import Llama, layer_of, norm_of
+from kinflow_builder.text.bridge import fit
+from kinflow_builder.text.llama import Llama, branch_of, layer_of, norm_of, stack_of
 from kinflow_builder.text.llama import Stack as TorchStack
+from kinflow_builder.text.shape import Branch, Bridge
 from kinflow_builder.text.tiny import SHAPE, random_model
 
 pytestmark = pytest.mark.builder
@@ -60,6 +63,31 @@ def test_float_graph_is_what_torch_computes(batch: int, past: int, tokens: int) 
     found = run(graph.stack(SHAPE, MODEL.layers[-2:], MODEL.norm), inputs)
     for ours, theirs in zip(found, torch_outputs(inputs, 2), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_branch_is_what_torch_computes(precision: Precision) -> None:
+    """The bridge comes before the layers, as floats in an int8 graph too."""
+    weight = RANDOM.normal(size=(SHAPE.width, SHAPE.width)).astype(np.float32) / 8
+    made = Branch(MODEL.layers[:1], MODEL.norm, Bridge(weight, RANDOM.normal(size=SHAPE.width).astype(np.float32)))
+    inputs = inputs_of(1, 2, 3, 1)
+    found = run(graph.stack(SHAPE, made.layers, made.norm, bridge=made.bridge, precision=precision), inputs)
+    with torch.no_grad():
+        expected = stack_of(SHAPE, made)(*(torch.from_numpy(values) for values in inputs.values()))
+    assert isinstance(branch_of(stack_of(SHAPE, made)).bridge, Bridge)
+    error = np.square(found[0] - expected[0].numpy()).mean() ** 0.5
+    assert error < (1e-5 if precision == "float" else 0.05)
+
+
+def test_bridge_is_the_least_squares_map() -> None:
+    """Of values that are a linear map of others plus noise the map is found, whatever a few outliers say."""
+    given = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8.0) / 10
+    wanted = given @ weight.T + bias
+    given[:5] *= 1000
+    found = fit(given, wanted)
+    np.testing.assert_allclose(found.weight, weight.numpy(), atol=0.05)
+    np.testing.assert_allclose(found.bias, bias.numpy(), atol=0.05)
 
 
 def test_int8_graph_is_near() -> None:

@@ -57,18 +57,19 @@ def write_graphs(
     for name, part in segments(model, cut, branches).items():
         graphs = {}
         for precision in precisions(name):
-            made = graph.stack(shape, part.layers, part.norm, part.embedding, precision)
+            made = graph.stack(shape, part.layers, part.norm, part.embedding, part.bridge, precision)
             graphs[precision] = save(made, f"{name}-{precision}.onnx")
         layers = len(part.layers)
         others = sum(values.size for values in (part.norm, part.embedding) if values is not None)
+        bridge = 0 if part.bridge is None else part.bridge.weight.size
         listed[name] = Segment(
             kind=part.kind,
             source=part.source,
             result=part.result,
             layers=layers,
             graphs=graphs,
-            macs=layers * shape.layer_macs,
-            parameters=layers * shape.layer_parameters + others,
+            macs=layers * shape.layer_macs + bridge,
+            parameters=layers * shape.layer_parameters + others + bridge,
         )
     heads = {
         precision: save(graph.head(model.head, precision), f"{HEAD}-{precision}.onnx") for precision in precisions(HEAD)

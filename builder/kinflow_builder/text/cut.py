@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kinflow.errors import SettingsError
-from kinflow_builder.text.shape import Branch, Floats, Model, Shape, Weights
+from kinflow_builder.text.shape import Branch, Bridge, Floats, Model, Shape, Weights
 
 EXITS = {
     "device": ["lower", "branch-device"],
@@ -56,6 +56,7 @@ class Segment:
     layers: list[Weights]
     norm: Floats | None = None
     embedding: Floats | None = None
+    bridge: Bridge | None = None
 
 
 def segments(model: Model, cut: Cut, branches: dict[str, Branch]) -> dict[str, Segment]:
@@ -64,15 +65,15 @@ def segments(model: Model, cut: Cut, branches: dict[str, Branch]) -> dict[str, S
     device, edge = branches["device"], branches["edge"]
     return {
         "lower": Segment("trunk", "ids", "s1", model.layers[: cut.s1], embedding=model.embedding),
-        "branch-device": Segment("branch", "s1", "device", device.layers, device.norm),
+        "branch-device": Segment("branch", "s1", "device", device.layers, device.norm, bridge=device.bridge),
         "upper": Segment("trunk", "s1", "s2", model.layers[cut.s1 : cut.s2]),
-        "branch-edge": Segment("branch", "s2", "edge", edge.layers, edge.norm),
+        "branch-edge": Segment("branch", "s2", "edge", edge.layers, edge.norm, bridge=edge.bridge),
         "top": Segment("trunk", "s2", "cloud", model.layers[cut.s2 :], model.norm),
     }
 
 
 def untrained(model: Model, cut: Cut) -> dict[str, Branch]:
-    """Branches to begin with: the model's next layers after each split, and its final norm."""
+    """Branches that nobody has trained: the model's next layers after each split, and its final norm."""
     cut.check(model.shape)
     begins = {"device": (cut.s1, cut.device_layers), "edge": (cut.s2, cut.edge_layers)}
     return {

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kinflow.text.manifest import Precision
-from kinflow_builder.text.shape import Floats, Shape, Weights
+from kinflow_builder.text.shape import Bridge, Floats, Shape, Weights
 
 OPSET = 20
 IR_VERSION = 9
@@ -108,12 +108,20 @@ def stack(
     layers: list[Weights],
     norm: Floats | None = None,
     embedding: Floats | None = None,
+    bridge: Bridge | None = None,
     precision: Precision = "float",
 ) -> onnx.ModelProto:
-    """A segment of these layers; with `norm` [width] behind them, with `embedding` [vocabulary, width] before them."""
+    """A segment of these layers, with what there is before them and `norm` [width] behind them.
+
+    embedding: [vocabulary, width]
+    """
     writer = Writer(precision)
     inputs, outputs = _interface(shape, len(layers), ids=embedding is not None)
     hidden = "hidden" if embedding is None else writer.rows("embedding", embedding, "ids")
+    if bridge is not None:
+        # Always as floats: no norm stands before it, and few channels are a hundred times as large as their neighbours.
+        turned = writer.node("MatMul", [hidden, writer.constant("bridge", bridge.weight.T)])
+        hidden = writer.node("Add", [turned, writer.constant("bridge.bias", bridge.bias)])
     writer.node("Reshape", ["past", writer.integers(0, 0, 2 * len(layers), shape.kv_heads, shape.head_size)], "flat")
     # [2L,B,H,P,D]: what one layer takes lies in one piece.
     writer.node("Transpose", ["flat"], "caches", perm=[2, 0, 3, 1, 4])

@@ -5,11 +5,12 @@ Attention takes its past and its mask from the caller, as the bundle's graphs do
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kinflow_builder.text.shape import LAYER, Branch, Floats, Model, Shape, Weights
+from kinflow_builder.text.shape import LAYER, Branch, Bridge, Floats, Model, Shape, Weights
 
 
 class Norm(nn.Module):  # type: ignore[misc]
@@ -87,11 +88,14 @@ def rotated(vectors: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> t
 
 
 class Stack(nn.Module):  # type: ignore[misc]
-    """Consecutive layers and, at an exit, its norm: what every segment but the head is made of."""
+    """Consecutive layers, in a branch behind a bridge, and at an exit its norm: every segment but the head."""
 
-    def __init__(self, shape: Shape, layers: list[Layer], norm: Norm | None = None) -> None:
+    def __init__(
+        self, shape: Shape, layers: list[Layer], norm: Norm | None = None, bridge: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         self.shape = shape
+        self.bridge = nn.Identity() if bridge is None else bridge
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Identity() if norm is None else norm
 
@@ -100,6 +104,7 @@ class Stack(nn.Module):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [B,T,d], past [B,P,L,2,H,D], positions [B,T], bias [B,1,T,P+T] -> hidden, present [B,T,L,2,H,D]."""
         turn = rotary(self.shape, positions)
+        hidden = self.bridge(hidden)
         presents = []
         for index, layer in enumerate(self.layers):
             hidden, present = layer(hidden, past[:, :, index], bias, turn)
@@ -108,11 +113,12 @@ class Stack(nn.Module):  # type: ignore[misc]
 
 
 class Llama(nn.Module):  # type: ignore[misc]
-    """The whole model. `head` is a matrix [vocabulary, width]; where it is tied it is the embedding's own."""
+    """The whole model, frozen. `head` is a matrix [vocabulary, width]; where it is tied it is the embedding's own."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.shape = model.shape
+        self.source = model
         self.embedding = nn.Embedding.from_pretrained(torch.from_numpy(model.embedding))
         self.layers = nn.ModuleList([layer_of(model.shape, weights) for weights in model.layers])
         self.norm = norm_of(model.shape, model.norm)
@@ -145,15 +151,24 @@ def norm_of(shape: Shape, weight: Floats) -> Norm:
 
 def stack_of(shape: Shape, branch: Branch) -> Stack:
     """A branch as a module, to train it."""
-    return Stack(shape, [layer_of(shape, weights) for weights in branch.layers], norm_of(shape, branch.norm))
+    bridge = None
+    if branch.bridge is not None:
+        bridge = nn.Linear(shape.width, shape.width)
+        bridge.load_state_dict({name: torch.from_numpy(value) for name, value in vars(branch.bridge).items()})
+    return Stack(shape, [layer_of(shape, layer) for layer in branch.layers], norm_of(shape, branch.norm), bridge)
 
 
 def branch_of(stack: Stack) -> Branch:
     """`stack_of`, backwards."""
-    layers = [
-        {name: getattr(layer, name).weight.detach().cpu().numpy().copy() for name in LAYER} for layer in stack.layers
-    ]
-    return Branch(layers, stack.norm.weight.detach().cpu().numpy().copy())
+    layers = [{name: _values(getattr(layer, name).weight) for name in LAYER} for layer in stack.layers]
+    bridge = None
+    if isinstance(stack.bridge, nn.Linear):
+        bridge = Bridge(_values(stack.bridge.weight), _values(stack.bridge.bias))
+    return Branch(layers, _values(stack.norm.weight), bridge)
+
+
+def _values(parameter: torch.Tensor) -> Floats:
+    return np.array(parameter.detach().cpu().numpy())
 
 
 def whole(stack: Stack, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

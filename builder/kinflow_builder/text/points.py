@@ -27,9 +27,9 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def cost_share(shape: Shape, after: int, layers: int) -> float:
-    """Of drafting with a branch of `layers` layers behind the first `after` ones."""
+    """Of drafting with a bridge and `layers` layers of a branch behind the first `after` ones."""
     whole = shape.layers * shape.layer_macs + shape.head_macs
-    return ((after + layers) * shape.layer_macs + shape.head_macs) / whole
+    return ((after + layers) * shape.layer_macs + shape.width**2 + shape.head_macs) / whole
 
 
 def read(folder: Path) -> list[Point]:

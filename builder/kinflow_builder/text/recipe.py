@@ -95,7 +95,8 @@ class TextRecipe(_Strict, frozen=True):
 
     def digest(self) -> str:
         """What trained branches are bound to."""
-        return _digest(self.corpus_digest(), self.cut, self.training)
+        learning = msgspec.structs.replace(self.training, threads=1)
+        return _digest(self.corpus_digest(), self.cut, learning)
 
 
 def is_text(path: Path) -> bool:

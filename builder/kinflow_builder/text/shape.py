@@ -75,8 +75,19 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Bridge:
+    """A linear map of hidden values."""
+
+    weight: Floats
+    """[width, width]: outputs by inputs."""
+    bias: Floats
+    """[width]"""
+
+
+@dataclass(frozen=True)
 class Branch:
-    """Layers and norm that belong to one exit."""
+    """What belongs to one exit: a map to begin with, layers, and a norm."""
 
     layers: list[Weights]
     norm: Floats
+    bridge: Bridge | None = None

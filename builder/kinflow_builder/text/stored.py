@@ -8,10 +8,10 @@ import numpy as np
 
 from kinflow.errors import InputError, SettingsError
 from kinflow.files import write_whole
-from kinflow_builder.text.shape import LAYER, Branch, Floats
+from kinflow_builder.text.shape import LAYER, Branch, Bridge, Floats
 
 BRANCHES = "branches"
-NORM = "norm"
+NORM, WEIGHT, BIAS = "norm", "bridge.weight", "bridge.bias"
 
 
 def path_of(folder: Path, exit: str) -> Path:
@@ -24,6 +24,8 @@ def write(path: Path, branch: Branch, digest: str) -> None:
 
     values = {f"{number}.{name}": layer[name] for number, layer in enumerate(branch.layers) for name in LAYER}
     values[NORM] = branch.norm
+    if branch.bridge is not None:
+        values |= {WEIGHT: branch.bridge.weight, BIAS: branch.bridge.bias}
     halves = {name: np.ascontiguousarray(value, np.float16) for name, value in values.items()}
     write_whole(path, save(halves, metadata={"recipe": digest}))
 
@@ -46,7 +48,10 @@ def read(path: Path, digest: str) -> Branch:
 def rounded(branch: Branch) -> Branch:
     """As it comes back from its file."""
     layers = [{name: _half(values) for name, values in layer.items()} for layer in branch.layers]
-    return Branch(layers, _half(branch.norm))
+    bridge = branch.bridge
+    if bridge is not None:
+        bridge = Bridge(_half(bridge.weight), _half(bridge.bias))
+    return Branch(layers, _half(branch.norm), bridge)
 
 
 def _half(values: Floats) -> Floats:
@@ -54,9 +59,10 @@ def _half(values: Floats) -> Floats:
 
 
 def _branch(path: Path, values: dict[str, Floats]) -> Branch:
-    count = (len(values) - 1) // len(LAYER)
+    count = len(values) // len(LAYER)
     try:
         layers = [{name: values[f"{number}.{name}"] for name in LAYER} for number in range(count)]
-        return Branch(layers, values[NORM])
+        bridge = Bridge(values[WEIGHT], values[BIAS]) if WEIGHT in values else None
+        return Branch(layers, values[NORM], bridge)
     except KeyError as exc:
         raise InputError(f"{path} has no weight {exc}: train it with --train") from exc

@@ -15,16 +15,16 @@ import torch
 
 from kinflow_builder.log import BuildLog
 from kinflow_builder.text import recipe as recipes
+from kinflow_builder.text.bridge import begun
 from kinflow_builder.text.build import TextBuild, load_model
 from kinflow_builder.text.distil import Trainer, agreement
 from kinflow_builder.text.lessons import corpus, lesson
-from kinflow_builder.text.llama import stack_of
+from kinflow_builder.text.llama import Llama, stack_of
 from kinflow_builder.text.points import Point, cost_share, write
-from kinflow_builder.text.shape import Branch
 from kinflow_builder.text.train import HELD_OUT
 
 # Texts of the corpus that each branch is trained on, once.
-TEXTS = 256
+TEXTS = 128
 
 
 def sweep(folder: Path, wanted: list[tuple[int, int]], log: BuildLog) -> list[Point]:
@@ -37,14 +37,14 @@ def sweep(folder: Path, wanted: list[tuple[int, int]], log: BuildLog) -> list[Po
     written = corpus(recipe, model, texts, build.work, log, layers)
     own = [text for part in written for text in part.own][-HELD_OUT:]
     spec = msgspec.structs.replace(recipe.training, epochs=1)
-    head = torch.from_numpy(model.head)
+    llama, head = Llama(model), torch.from_numpy(model.head)
     points = []
     for after, count in wanted:
         lessons = lesson(written, after)
         known = lessons.part(0, min(TEXTS, len(lessons) - HELD_OUT))
         unseen = lessons.part(len(lessons) - HELD_OUT, len(lessons))
-        begun = Branch(model.layers[after : after + count], model.norm)
-        trainer = Trainer(stack_of(model.shape, begun), head, known, spec)
+        branch = begun(llama, after, count, known.features)
+        trainer = Trainer(stack_of(model.shape, branch), head, known, spec)
         before = agreement(trainer.branch, trainer.head, unseen, own)
         with log.progress(f"{count} after {after}", trainer.steps) as bar:
             trainer.run_epoch(bar.advance)

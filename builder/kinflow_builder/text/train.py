@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from kinflow_builder import checkpoint
-from kinflow_builder.text import cut as cuts
+from kinflow_builder.text.bridge import begun
 from kinflow_builder.text.bundle import write_graphs
 from kinflow_builder.text.distil import Lesson, Trainer, agreement
 from kinflow_builder.text.figures import Figures, Graphs, Promise, measure
 from kinflow_builder.text.lessons import corpus, lesson
-from kinflow_builder.text.llama import branch_of, stack_of
+from kinflow_builder.text.llama import Llama, branch_of, stack_of
 from kinflow_builder.text.samples import samples
 from kinflow_builder.text.shape import Branch, Model, Texts
 from kinflow_builder.text.stored import rounded
@@ -46,9 +46,9 @@ def trained(build: TextBuild, model: Model, texts: Texts, *, fresh: bool) -> tup
     written = corpus(recipe, model, texts, work, build.log, tuple(splits.values()))
     own = [text for part in written for text in part.own]
     branches = {}
-    for exit, begun in cuts.untrained(model, recipe.cut).items():
+    for exit, layers in (("device", recipe.cut.device_layers), ("edge", recipe.cut.edge_layers)):
         lessons = lesson(written, splits[exit])
-        branches[exit] = rounded(_learn(build, model, exit, begun, lessons, own))
+        branches[exit] = rounded(_learn(build, model, exit, splits[exit], layers, lessons, own))
     return branches, measured(build, model, texts, branches)
 
 
@@ -67,13 +67,14 @@ def measured(build: TextBuild, model: Model, texts: Texts, branches: dict[str, B
 
 
 def _learn(
-    build: TextBuild, model: Model, exit: str, begun: Branch, lessons: Lesson, own: list[torch.Tensor]
+    build: TextBuild, model: Model, exit: str, after: int, layers: int, lessons: Lesson, own: list[torch.Tensor]
 ) -> Branch:
     spec, log = build.recipe.training, build.log
     path, digest = build.work / f"branch-{exit}.pt", build.recipe.digest()
     state = checkpoint.load(path, digest)
     known, unseen = lessons.part(0, len(lessons) - HELD_OUT), lessons.part(len(lessons) - HELD_OUT, len(lessons))
-    trainer = Trainer(stack_of(model.shape, begun), torch.from_numpy(model.head), known, spec)
+    branch = begun(Llama(model), after, layers, known.features)
+    trainer = Trainer(stack_of(model.shape, branch), torch.from_numpy(model.head), known, spec)
     if state is not None:
         trainer.load_state(state)
         log.line(f"branch {exit}: resumed after epoch {trainer.epoch}")
