@@ -60,7 +60,9 @@ def test_bundle_is_whole(trained: Path) -> None:
     assert family.head("int8").run(values[0]).shape == (5, SHAPE.vocabulary)
     card = (trained / "bundle/card.md").read_text()
     assert f"{100 * manifest.exits['device'].agreement:.2f}%" in card
-    assert manifest.exits["cloud"].agreement == 1
+    # Only the device's 8 bits are between the cloud's exit and the model.
+    assert 0.9 < manifest.exits["cloud"].agreement <= 1
+    assert manifest.exits["device"].agreement < manifest.exits["cloud"].agreement
 
 
 def test_training_brings_branches_nearer(trained: Path) -> None:

@@ -149,8 +149,8 @@ def measure(graphs: Graphs, exact: Graphs, samples: Samples, promise: Promise) -
         raise InputError("the texts end before an answer begins: give the recipe more check.tokens or check.texts")
     temperatures = _temperatures(graphs, samples.own[:cut], samples.chosen[:cut])
     found = _choices(graphs, samples, temperatures)
-    taught = found[LAST].token
-    # Neighbours are alike: whole texts fit, other ones certify.
+    taught = samples.own[:, 1:][samples.chosen[:, 1:]]
+    # Neighbours are alike: some texts fit, others certify.
     fitted = int(samples.chosen[:cut, 1:].sum())
     perplexities = _perplexities(graphs, samples.written)
     exits = {}
