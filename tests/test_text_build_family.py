@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +77,18 @@ def test_training_brings_branches_nearer(trained: Path) -> None:
 
 
 def test_stored_branches_need_no_training(trained: Path, model: Path, tmp_path: Path) -> None:
-    """With the branches beside the recipe the same bundle is made without a corpus or a checkpoint."""
+    """With the branches beside the recipe the same bundle is made without a corpus, a checkpoint or torch."""
     folder = tmp_path / "family"
     write_recipe(folder, model)
     shutil.copytree(trained / "branches", folder / "branches")
-    build(folder)
+    script = f"""
+import sys
+from pathlib import Path
+from kinflow_builder.cli import build
+build(Path({str(folder)!r}))
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
     assert not (folder / "work").exists()
     assert (folder / "bundle/family.json").read_bytes() == (trained / "bundle/family.json").read_bytes()
 

@@ -58,7 +58,8 @@ def sweep(folder: Path, wanted: list[tuple[int, int]], log: BuildLog) -> list[Po
 def main() -> None:
     folder = Path(sys.argv[1])
     wanted = [(int(after), int(count)) for after, _, count in (pair.partition("x") for pair in sys.argv[2:])]
-    points = sweep(folder, wanted, BuildLog(folder / "sweep.log"))
+    (folder / "work").mkdir(exist_ok=True)
+    points = sweep(folder, wanted, BuildLog(folder / "work/sweep.log"))
     write(folder, points)
 
 
