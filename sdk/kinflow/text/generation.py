@@ -28,8 +28,8 @@ Finish = Literal["", "stop", "length"]
 AHEAD_CHANCE = 0.3
 # Positions of a verification from which nothing is learned about the usual pace: a prompt's.
 USUAL_POSITIONS = 64
-# A round that this many servers did not answer goes on without them.
-MOST_TRIES = 3
+# How long a text waits when its last server is gone, before the device goes on alone.
+PATIENCE_S = 2.0
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -135,6 +135,9 @@ class Generation:
         self._next: _Draft | None = None
         """What `_choose` found for the position after the last one computed."""
         self._tried: list[str] = []
+        """Servers that did not answer this round."""
+        self._waited = False
+        """It has waited for a server in vain, or for one that failed: it does not again until one answers."""
         self._began_s = 0.0
 
     def __iter__(self) -> Generator[Token, None, None]:
@@ -201,9 +204,14 @@ class Generation:
     def _route(self) -> Route | NoRoute:
         if isinstance(self._remote, NoRoute):
             return self._remote
-        if len(self._tried) >= MOST_TRIES:
-            return NoRoute(f"{', '.join(self._tried)} did not answer")
-        return self._remote.route(self._tried)
+        route = self._remote.route(self._tried)
+        if isinstance(route, NoRoute) and self.summary.servers and not self._waited:
+            # A text that had a server is worth a moment: a link that broke is often back, or another one is found.
+            self._waited = True
+            self._tried = []
+            self._remote.wait(PATIENCE_S)
+            route = self._remote.route()
+        return route
 
     def _alone(self, why: NoRoute) -> Iterator[Token]:
         """What the device says itself; servers are looked for again at the next token."""
@@ -225,7 +233,7 @@ class Generation:
                 self._tried.append(sent.node)
                 self.summary.reason = str(exc)
             return None
-        self._tried = []
+        self._tried, self._waited = [], False
         self._count(answered, sent)
         return answered
 

@@ -118,6 +118,10 @@ class Remote:
             return NoRoute(f"{', '.join(avoided)} did not answer, and there is no other")
         return next((route for route in left if route.node == self._node), left[0])
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether a server can be asked, at once or before `timeout_s` are over."""
+        return self._uplink.wait(self.way.split, [Rate(self.way.codec, 0)], timeout_s)
+
     def send(self, route: Route, confirmed: int) -> Sent:
         """Everything that the server does not have yet; tokens from position `confirmed` on are drafts."""
         if route.node != self._node:
