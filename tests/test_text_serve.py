@@ -200,8 +200,10 @@ def test_too_many_at_once_are_told_to_come_back(ai: openai.OpenAI, server: Serve
 
 
 def test_a_client_that_leaves_ends_its_text(tiny: Path, server: ServerProcess) -> None:
-    """One that waits for a whole completion and hangs up: nothing more is computed, the session is freed."""
-    with serving(tiny, "--broker", server.broker, "--parallel", "1") as (run, url):
+    """One that waits for a whole completion and hangs up: the rest is not computed, the session is freed."""
+    words = ("serve", str(tiny), "--port", "0", "--json", "--broker", server.broker)
+    with running("--log-level", "info", *words) as run:
+        url = str(run.ready()["url"])
         host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
         before = sessions(server)
         asked = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": LONG})
@@ -209,6 +211,7 @@ def test_a_client_that_leaves_ends_its_text(tiny: Path, server: ServerProcess) -
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(asked)}\r\n\r\n{asked}".encode())
             wait_until(lambda: sessions(server) > before)
+        assert int(run.line(r"text generated .*tokens=(\d+)")[1]) < LONG
         wait_until(lambda: sessions(server) == before)
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(20) == 0
