@@ -11,6 +11,7 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,21 @@ def test_a_stream_is_the_same_text(ai: openai.OpenAI) -> None:
     assert sum(chunks[-2].kinflow["tokens"].values()) == 40  # type: ignore[attr-defined]
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
+
+
+def test_texts_at_the_same_time_do_not_mix(ai: openai.OpenAI) -> None:
+    """Two questions at once get what each gets alone."""
+
+    def ask(question: str) -> str | None:
+        messages: Any = [{"role": "user", "content": question}]
+        made = ai.chat.completions.create(model="tiny", messages=messages, max_tokens=80, temperature=0)
+        return made.choices[0].message.content
+
+    questions = ["Is it late?", "Name a bird."]
+    alone = [ask(question) for question in questions]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, questions)) == alone
+    assert alone[0] != alone[1]
 
 
 def test_a_mode_may_be_asked_for(ai: openai.OpenAI) -> None:
