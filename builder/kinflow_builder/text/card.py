@@ -16,7 +16,7 @@ PLOT = "agreement_over_cost.png"
 
 def write(stage: Path, folder: Path, recipe: TextRecipe, figures: Figures, manifest: TextManifest) -> None:
     """card.md and, where the recipe in `folder` has a sweep, its plot, into the bundle's folder `stage`."""
-    parts = [_head(recipe, manifest), _exits(figures, manifest), _splits(manifest), _trained(recipe)]
+    parts = [_head(recipe, manifest), _exits(figures, manifest), _splits(manifest), _trained(recipe, figures)]
     points = read(folder)
     if points:
         _draw(stage / PLOT, points, figures, manifest)
@@ -99,7 +99,7 @@ A token's features take {manifest.width + 2} bytes as `int8`, {2 * manifest.widt
 no logit by more than {manifest.margin_bound / 2:g}."""
 
 
-def _trained(recipe: TextRecipe) -> str:
+def _trained(recipe: TextRecipe, figures: Figures) -> str:
     spec, corpus = recipe.training, recipe.corpus
     tokens = corpus.batches * corpus.texts * corpus.tokens
     return f"""## How the branches were trained
@@ -108,7 +108,7 @@ Self-distillation, no data: the model wrote {corpus.batches * corpus.texts:,} te
 ({tokens:,} tokens): conversations with itself, whose answers are greedy or sampled at temperature
 {corpus.temperature:g}, and free texts. Each branch began as a copy of the model's last layers behind a linear map that
 least squares found, and learnt in {spec.epochs} passes what the last layer made of the same texts, from the hidden
-features at its split. Seed {spec.seed}.
+features at its split, on {figures.trained_on}. Seed {spec.seed}.
 `kinflow build --train` does it again."""
 
 

@@ -60,6 +60,7 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     own_source: str
     """Whose prompts the greedy texts continue."""
     written_source: str
+    trained_on: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def measure(graphs: Graphs, exact: Graphs, samples: Samples, promise: Promise) -
     fitted = int(samples.chosen[:cut, 1:].sum())
     perplexities = _perplexities(graphs, samples.written)
     exits = {}
-    for name, choice in found.items():
+    for name in EXITS:
+        choice = found[name]
         same = choice.token == taught
         certificate = None
         if name != LAST:

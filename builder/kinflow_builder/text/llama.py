@@ -139,13 +139,13 @@ class Llama(nn.Module):  # type: ignore[misc]
 def layer_of(shape: Shape, weights: Weights) -> Layer:
     """A layer with these weights, copied."""
     layer = Layer(shape)
-    layer.load_state_dict({f"{name}.weight": torch.from_numpy(value) for name, value in weights.items()})
+    layer.load_state_dict({f"{name}.weight": torch.tensor(value) for name, value in weights.items()})
     return layer
 
 
 def norm_of(shape: Shape, weight: Floats) -> Norm:
     norm = Norm(shape.width, shape.epsilon)
-    norm.load_state_dict({"weight": torch.from_numpy(weight)})
+    norm.load_state_dict({"weight": torch.tensor(weight)})
     return norm
 
 
@@ -154,7 +154,7 @@ def stack_of(shape: Shape, branch: Branch) -> Stack:
     bridge = None
     if branch.bridge is not None:
         bridge = nn.Linear(shape.width, shape.width)
-        bridge.load_state_dict({name: torch.from_numpy(value) for name, value in vars(branch.bridge).items()})
+        bridge.load_state_dict({name: torch.tensor(value) for name, value in vars(branch.bridge).items()})
     return Stack(shape, [layer_of(shape, layer) for layer in branch.layers], norm_of(shape, branch.norm), bridge)
 
 

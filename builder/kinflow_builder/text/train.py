@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from kinflow_builder import checkpoint
@@ -63,7 +64,8 @@ def measured(build: TextBuild, model: Model, texts: Texts, branches: dict[str, B
         figures = measure(graphs, exact, found, Promise(check.epsilon, check.delta))
     for exit, values in figures.exits.items():
         build.log.line(f"exit {exit}: agreement {values.agreement:.1%}, perplexity {values.perplexity:.2f}")
-    return figures
+    place = "a CUDA device" if torch.cuda.is_available() else f"{threads} threads of a processor"
+    return msgspec.structs.replace(figures, trained_on=place)
 
 
 def _learn(
