@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,12 @@ def test_the_number_of_drafts_is_the_fastest(way_s: float, chance: float) -> Non
     chosen = drafts(plan(way_s), chance)
     best = max(range(21), key=lambda count: rate(plan(way_s), chance, count))
     assert rate(plan(way_s), chance, chosen) == pytest.approx(rate(plan(way_s), chance, best))
+
+
+def test_others_that_wait_make_rounds_longer() -> None:
+    """Where a verification takes time from others, fewer and longer ones are worth it."""
+    alone = plan(0.02)
+    assert drafts(dataclasses.replace(alone, others_s=0.2), 0.7) > drafts(alone, 0.7)
 
 
 def test_floor_and_most() -> None:

@@ -98,6 +98,8 @@ class Plan:
     """What a verification takes on the server beside its positions."""
     position_s: float
     """What each position adds: on the server, and on the way up."""
+    others_s: float = 0.0
+    """What a verification takes from others that wait for the server."""
 
     def more(self, drafted: int, tokens: float, standing: float, chance: float) -> bool:
         """Whether to add a draft.
@@ -108,5 +110,5 @@ class Plan:
         gain = standing * chance
         if drafted >= self.most or chance < self.floor or gain < self.floor * self.floor:
             return False
-        round_s = self.way_s + self.server_s + (1 + drafted) * (self.step_s + self.position_s)
+        round_s = self.way_s + self.server_s + self.others_s + (1 + drafted) * (self.step_s + self.position_s)
         return gain * round_s >= tokens * (self.step_s + self.position_s)

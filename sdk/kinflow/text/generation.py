@@ -249,6 +249,7 @@ class Generation:
             self._pace.step_s,
             fixed_s,
             slope_s + size * route.estimate.s_per_byte,
+            others_s=fixed_s,
         )
 
     def _worth(self, plan: Plan) -> bool:
