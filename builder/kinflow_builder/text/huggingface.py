@@ -78,8 +78,9 @@ def _tensors(folder: Path) -> dict[str, Floats]:
 def _tensors_of(file: Path) -> dict[str, Floats]:
     from safetensors import SafetensorError, deserialize
 
+    read: Any = deserialize  # without types of its own
     try:
-        parts = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
+        parts = read(file.read_bytes())
     except SafetensorError as exc:
         raise InputError(f"{file}: {exc}") from exc
     return {name: _floats(part["dtype"], bytes(part["data"])).reshape(part["shape"]) for name, part in parts}
