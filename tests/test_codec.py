@@ -252,8 +252,8 @@ HOLE[1, :2] = (0, 128)
         ([1.0, 1.0], [0, 0], FLAT[:-1], "needs 1024 bytes, has 1023"),
         ([1.0, 1.0], [0, 0], SHORT_ROW.tobytes(), "positive and sum to 16384"),
         ([1.0, 1.0], [0, 0], HOLE.tobytes(), "positive and sum to 16384"),
-        ([1.0, 1e-50], [0, 0], FLAT, "positive and finite as float32"),
-        ([1.0, 1e39], [0, 0], FLAT, "positive and finite as float32"),
+        ([1.0, 1e-50], [0, 0], FLAT, "256 of it finite"),
+        ([1.0, 1e39], [0, 0], FLAT, "256 of it finite"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused(step: list[float], zero: list[int], data: bytes, said: str) -> None:

@@ -82,6 +82,13 @@ def test_scale_must_fit() -> None:
         open_codec("int8", TokenCodec("token-int8", (1.0, 1.0, 1.0)), WIDTH)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e38, 1e300])
+def test_scale_must_be_a_usable_float32(scale: float) -> None:
+    """One that becomes 0, or makes values infinite, would decode to no features."""
+    with pytest.raises(CodecError, match="codec 'int8': each scale must be positive"):
+        open_codec("int8", TokenCodec(kind="token-int8", scale=(scale, 1.0)), 2)
+
+
 def entries(tokens: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(tokens, 2, 2, 3, 4)).astype(np.float32)
 

@@ -71,8 +71,9 @@ class UniformCodec:
         frequencies = np.empty((0, symbols), np.uint16) if table is None else _frequencies(name, rows, symbols, table)
         with np.errstate(over="ignore"):
             step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
-        if not (np.isfinite(step).all() and (step > 0).all()):
-            raise CodecError(f"codec {name!r}: each step must be positive and finite as float32")
+            largest = step * np.float32(SYMBOLS)
+        if not (np.isfinite(largest).all() and (step > 0).all()):
+            raise CodecError(f"codec {name!r}: each step must be positive, and {SYMBOLS} of it finite, as float32")
         zero = np.asarray(spec.zero, np.float32).reshape(-1, 1, 1)
         return cls(name, shape, spec.bits, spec.bits == 4 and not by_position, step, zero, frequencies)
 

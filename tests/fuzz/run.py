@@ -23,7 +23,7 @@ def fuzz_one(name: str, options: list[str]) -> None:
     import atheris
 
     # Imported only now, so that the fuzzer sees the parsers' branches.
-    with atheris.instrument_imports(include=["kinflow"]):
+    with atheris.instrument_imports(include=["kinflow", "kinflow_edge"]):
         import targets
     atheris.Setup([sys.argv[0], *options], targets.TARGETS[name])
     atheris.Fuzz()
@@ -31,11 +31,11 @@ def fuzz_one(name: str, options: list[str]) -> None:
 
 def run(name: str, runs: str) -> bool:
     """Fuzz one target; whether nothing was found."""
-    import targets
+    import seeds
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kinflow-fuzz-") as corpus:
-        for number, seed in enumerate(targets.seeds(name)):
+        for number, seed in enumerate(seeds.seeds(name)):
             (Path(corpus) / str(number)).write_bytes(seed)
         command = [sys.executable, __file__, "--inside", name, corpus, f"-artifact_prefix={FOUND}/{name}-", runs]
         done = subprocess.run([*command, *LIMITS], capture_output=True, text=True, check=False)

@@ -5,32 +5,70 @@ What a parser accepts is written again and read again: it must mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
+import msgspec
 import numpy as np
+from text_manifest import TEXT_MANIFEST
 
 from kinflow import frame, packet
 from kinflow.address import BrokerAddress
 from kinflow.advert import read_advert
 from kinflow.codec import UniformCodec, table_from_counts
-from kinflow.errors import BundleError, CodecError, DiscoveryError, FrameError, SettingsError
+from kinflow.errors import (
+    BundleError,
+    CodecError,
+    DiscoveryError,
+    FamilyMismatch,
+    FrameError,
+    InputError,
+    SettingsError,
+)
 from kinflow.family import read_manifest
 from kinflow.identity import Identity
-from kinflow.manifest import Codec
+from kinflow.manifest import Codec, Merge
+from kinflow.messages import Verify
 from kinflow.signing import NO_KEYS, TrustedKeys
+from kinflow.text.codec import open_codecs
+from kinflow.text.family import TextFamily, read_text_manifest
+from kinflow.tokens import FeatureCodec, TokenMergeCodec
+from kinflow_edge.text.model import ServedText
 
 SHAPE = (2, 3, 5)
+COUNTS = np.random.default_rng(4).integers(0, 50, (SHAPE[0], 256)) ** 3
+TABLE = table_from_counts(COUNTS).astype("<u2").tobytes()
+MERGE = Merge(clusters=6, neighbours=2)
 
 
-def _codec(bits: int, kind: str) -> UniformCodec:
-    spec = Codec(kind=kind, bits=bits, step=[0.5, 2.0], zero=[8, 3], table=None, bytes_mean=1.0)  # type: ignore[arg-type]
-    counts = np.random.default_rng(bits).integers(0, 50, (SHAPE[0], 256)) ** 3
-    table = table_from_counts(counts).astype("<u2").tobytes() if kind == "uniform-rans" else None
-    return UniformCodec.from_spec("fuzzed", SHAPE, spec, table)
+def _spec(kind: str, bits: int, merge: Merge | None = None) -> Codec:
+    step, zero = [0.5, 2.0], [8, 3]
+    return Codec(kind=kind, bits=bits, step=step, zero=zero, table=None, bytes_mean=1.0, merge=merge)  # type: ignore[arg-type]
 
 
-CODECS = [_codec(4, "uniform-rans"), _codec(8, "uniform-rans"), _codec(4, "uniform"), _codec(8, "uniform")]
+CODECS = [
+    UniformCodec.from_spec("fuzzed", SHAPE, _spec("uniform-rans", 4), TABLE),
+    UniformCodec.from_spec("fuzzed", SHAPE, _spec("uniform-rans", 8), TABLE),
+    UniformCodec.from_spec("fuzzed", SHAPE, _spec("uniform", 4), None),
+    UniformCodec.from_spec("fuzzed", SHAPE, _spec("uniform", 8), None),
+]
+MERGING = [TokenMergeCodec.from_spec("fuzzed", SHAPE, _spec("token-merge", bits, MERGE), TABLE) for bits in (4, 8)]
+
+
+def _served_text() -> ServedText:
+    """A server's view of the manifest; no graph is opened, nothing is computed."""
+    manifest, _ = read_text_manifest(TEXT_MANIFEST, b"", NO_KEYS, "fuzzed")
+    codecs = {
+        (split, name): codec
+        for split, spec in manifest.splits.items()
+        for name, codec in open_codecs(spec, manifest.width).items()
+    }
+    family = TextFamily(Path("fuzzed"), manifest, codecs, "", TEXT_MANIFEST, b"")
+    return ServedText(family, "edge", {}, None, "edge", ("ids", "s1"))  # type: ignore[arg-type]
+
+
+TEXT = _served_text()
 
 
 def frames(data: bytes) -> None:
@@ -46,8 +84,8 @@ def messages(data: bytes) -> None:
         frames(_framed(data))
 
 
-def _framed(header: bytes) -> bytes:
-    body = frame._PREFIX.pack(frame.MAGIC, frame.VERSION, len(header), 0) + header
+def _framed(header: bytes, payload: bytes = b"") -> bytes:
+    body = frame._PREFIX.pack(frame.MAGIC, frame.VERSION, len(header), len(payload)) + header + payload
     return body + frame._CRC.pack(frame.zlib.crc32(body))
 
 
@@ -63,7 +101,16 @@ def packets(data: bytes) -> None:
 
 def codecs(data: bytes) -> None:
     """Coded features; the first byte chooses the codec."""
-    codec, coded = CODECS[data[0] % len(CODECS) if data else 0], data[1:]
+    _decoded(CODECS, data)
+
+
+def merged(data: bytes) -> None:
+    """The same for merged tokens."""
+    _decoded(MERGING, data)
+
+
+def _decoded(among: Sequence[FeatureCodec], data: bytes) -> None:
+    codec, coded = among[data[0] % len(among) if data else 0], data[1:]
     with suppress(CodecError):
         features = codec.decode(coded)
         assert features.shape == SHAPE
@@ -71,11 +118,67 @@ def codecs(data: bytes) -> None:
         assert np.array_equal(codec.decode(codec.encode(features)), features)
 
 
+def tables(data: bytes) -> None:
+    """A codec's table, as it stands in a bundle."""
+    with suppress(CodecError):
+        codec = UniformCodec.from_spec("fuzzed", SHAPE, _spec("uniform-rans", 8), data)
+        levels = codec.decode(codec.encode(np.zeros(SHAPE, np.float32)))
+        assert not levels.any()
+
+
+def tokens(data: bytes) -> None:
+    """Coded features of tokens; the first byte chooses the codec, the second says how many."""
+    codecs = TEXT.family.codecs
+    codec, count = list(codecs.values())[data[0] % len(codecs) if data else 0], data[1] if len(data) > 1 else 0
+    with suppress(CodecError):
+        features = codec.decode(data[2:], count)
+        assert features.shape == (count, TEXT.family.manifest.width)
+        assert np.isfinite(features).all()
+        again = codec.decode(codec.encode(features), count)
+        assert np.isfinite(again).all()
+
+
+def verifications(data: bytes) -> None:
+    """A frame with a step of a generation: what a server reads of it before anything is computed."""
+    with suppress(FrameError, FamilyMismatch, InputError, CodecError):
+        message, payload = frame.unpack(data)
+        if isinstance(message, Verify):
+            TEXT.way(message.split, message.exit)
+            ids, features = TEXT.read(message, payload)
+            assert len(ids) == message.count < TEXT.family.manifest.context
+            assert ids.min() >= 0
+            assert ids.max() < TEXT.family.manifest.vocabulary
+            assert features is None or np.isfinite(features).all()
+
+
+def steps(data: bytes) -> None:
+    """The same in a valid frame, as `messages`: the first two bytes are the header's length."""
+    header = data[2 : 2 + int.from_bytes(data[:2], "little")]
+    if len(header) <= frame.MAX_HEADER_BYTES:
+        verifications(_framed(header, data[2 + len(header) :]))
+
+
 def manifests(data: bytes) -> None:
     """A family.json."""
-    with suppress(BundleError):
+    with suppress(BundleError, CodecError):
         manifest, _ = read_manifest(data, b"", NO_KEYS, "fuzzed")
         manifest.files()
+        for split in manifest.splits.values():
+            for spec in split.codecs.values():
+                plain = msgspec.structs.replace(spec, kind="uniform", merge=None)
+                codec = UniformCodec.from_spec("fuzzed", (split.shape[0], 1, 1), plain, None)
+                assert np.isfinite(codec.dequantise(np.full(codec.shape, 255, np.uint8))).all()
+
+
+def text_manifests(data: bytes) -> None:
+    """A family.json of a language model, and its codecs."""
+    with suppress(BundleError, CodecError):
+        manifest, _ = read_text_manifest(data, b"", NO_KEYS, "fuzzed")
+        list(manifest.files())
+        for split in manifest.splits.values():
+            for codec in open_codecs(split, manifest.width).values():
+                largest = codec.decode((b"\xff\x7b" + bytes([127]) * (2 * manifest.width))[: codec.token_bytes], 1)
+                assert np.isfinite(largest).all()
 
 
 def signatures(data: bytes) -> None:
@@ -107,53 +210,21 @@ def names(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (frames, messages, packets, codecs, manifests, signatures, adverts, names)
-}
-
-
-def seeds(target: str) -> list[bytes]:
-    """A few valid inputs to begin with."""
-    from pathlib import Path
-
-    from kinflow.messages import (
-        Busy,
-        Failure,
-        Fetch,
-        Hop,
-        NodeStatus,
-        Part,
-        Release,
-        Reply,
-        Request,
-        Served,
-        Verdict,
-        Verify,
+    target.__name__: target
+    for target in (
+        frames,
+        messages,
+        packets,
+        codecs,
+        merged,
+        tables,
+        tokens,
+        verifications,
+        steps,
+        manifests,
+        text_manifests,
+        signatures,
+        adverts,
+        names,
     )
-
-    identity = bytes(range(16))
-    every = [
-        Request(identity, "cam-1", "fashion", "1.0.0", "s1", "s1-q4", 250.0),
-        Reply(identity, 3, 0.5, "cloud", "edge", True, "why", [Hop("n", "edge", 1, 2, 3, 4, 5)]),
-        Busy(identity, "n", 5.0),
-        Failure(identity, "n", "codec", "text"),
-        NodeStatus("n", "edge", "ready", "0", [Served("fashion", "1", {"s1": ["q"]})]),
-        Fetch(identity, "cam-1", "fashion", "family.json", 0, 1000),
-        Part(identity, "n", 1000),
-        Verify(identity, "cam-1", "lm", "1.0.0", "s1", "int8", identity, 7, 8, 4, "cloud", False, 0.7, 0.9, 5, 250.0),
-        Verdict(identity, 1, 17, [0.5, 0.25], "cloud", "cloud", "n", 0, True, "why", [], 12, 1),
-        Release(identity, "cam-1", identity),
-    ]
-    whole = [frame.pack(message, b"features") for message in every]
-    manifest = Path(__file__).resolve().parents[2] / "families/fashion/bundle/family.json"
-    features = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
-    by_target = {
-        "frames": whole,
-        "messages": [data[frame._PREFIX.size : -12] for data in whole],
-        "packets": [packet.publish_header(b"kinflow/v1/reply/x", len(data), False) + data for data in whole],
-        "codecs": [bytes([number]) + codec.encode(features) for number, codec in enumerate(CODECS)],
-        "manifests": [manifest.read_bytes()],
-        "signatures": [b"ed25519:" + b"00" * 32 + b" " + b"11" * 64 + b"\n"],
-        "adverts": [b"edge-1\0edge\0fashion:1.0.0,other:2\0000.1.0"],
-        "names": [b"[::1]:1883", b"broker.local:1", b"device.cam-1"],
-    }
-    return by_target[target]
+}

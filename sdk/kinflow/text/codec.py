@@ -18,6 +18,8 @@ from kinflow.text.manifest import Split, TokenCodec
 Array = npt.NDArray[np.float32]
 LEVELS = 127
 F16_MAX = float(np.finfo(np.float16).max)
+# So many of a channel's usual size are the largest value that can be coded.
+MOST = LEVELS * F16_MAX
 # The scales that float16 holds with all of its bits; above comes infinity.
 SMALLEST, LARGEST = float(np.finfo(np.float16).tiny), F16_MAX / 2
 
@@ -84,7 +86,14 @@ def open_codec(name: str, spec: TokenCodec, width: int) -> FeatureCodec:
         return F16Codec(width)
     if len(spec.scale) != width:
         raise CodecError(f"codec {name!r}: scale has {len(spec.scale)} values, the model's width is {width}")
-    return Int8Codec(np.array(spec.scale, np.float32))
+    with np.errstate(over="ignore"):
+        scale = np.array(spec.scale, np.float32)
+        largest = np.float32(LEVELS * F16_MAX) * scale
+    if not (np.isfinite(largest).all() and (scale > 0).all()):
+        raise CodecError(
+            f"codec {name!r}: each scale must be positive, and {LEVELS * F16_MAX:g} of it finite, as float32"
+        )
+    return Int8Codec(scale)
 
 
 def open_codecs(split: Split, width: int) -> dict[str, FeatureCodec]:
