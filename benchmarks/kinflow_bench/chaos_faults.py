@@ -10,61 +10,22 @@ import os
 import random
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
 
 import kinflow_bench.chaos_expect as expect
 from kinflow import topics
 from kinflow.address import BrokerAddress
-from kinflow.errors import KinflowError
 from kinflow.frame import Buffer
 from kinflow.mqtt import Connection
+from kinflow_bench.chaos_clock import Unavailable, check_off, check_preloaded, environment, server_off_s
 from kinflow_bench.chaos_site import Site, stopped
 from kinflow_bench.shaping import CLEAR, Shape
 
 Fault = Callable[[Site, float], str]
-# The wall clock of a process, off by as many seconds as a file says. Its monotonic clock is left alone, as when
-# somebody sets a machine's time.
-FALSE_CLOCK = r"""
-#define _GNU_SOURCE
-#include <stdio.h>
-#include <sys/syscall.h>
-#include <sys/time.h>
-#include <time.h>
-#include <unistd.h>
-static long off(void) {
-    long seconds = 0;
-    FILE *file = fopen(JUMP, "r");
-    if (file) { if (fscanf(file, "%ld", &seconds) != 1) seconds = 0; fclose(file); }
-    return seconds;
-}
-int clock_gettime(clockid_t id, struct timespec *now) {
-    long done = syscall(SYS_clock_gettime, id, now);
-    if (!done && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) now->tv_sec += off();
-    return done;
-}
-int gettimeofday(struct timeval *restrict now, void *restrict zone) {
-    struct timespec precise;
-    (void)zone;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    now->tv_sec = precise.tv_sec;
-    now->tv_usec = precise.tv_nsec / 1000;
-    return 0;
-}
-time_t time(time_t *where) {
-    struct timespec precise;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    if (where) *where = precise.tv_sec;
-    return precise.tv_sec;
-}
-"""
-
-
-class Unavailable(KinflowError):
-    """This machine lacks what the fault needs."""
+DAY_S = 86400
+DAYS = (3, -1)
 
 
 def kill_edge(site: Site, hold_s: float) -> str:
@@ -228,18 +189,36 @@ def other_version(site: Site, hold_s: float) -> str:
 
 def clock_jumps(site: Site, hold_s: float) -> str:
     """an edge server's and its broker's clock jumps three days ahead and a day back"""
-    jump, fake = _false_clock(site.folder)
-    jump.write_text("0")
+    clock = site.false_clock()
     site.stop("edge-a")
-    with environment(fake):
+    with environment(clock.environment):
         site.start("edge-a")
-    for days in (3, -1):
-        time.sleep(hold_s / 2)
-        jump.write_text(str(days * 86400))
-    time.sleep(hold_s / 2)
-    site.stop("edge-a")
-    shutil.rmtree(jump.parent)
-    site.start("edge-a")
+    try:
+        for days in DAYS:
+            clock.jump(days * DAY_S)
+            check_off(server_off_s(site.servers["edge-a"]), days * DAY_S, "the edge server")
+            check_preloaded(clock, site.broker_pid("edge-a"), "the broker")
+            time.sleep(hold_s / 2)
+    finally:
+        site.stop("edge-a")
+        clock.jump(0)
+        site.start("edge-a")
+    return "edge-a"
+
+
+def device_clocks_jump(site: Site, hold_s: float) -> str:
+    """the clock of a quarter of the devices jumps three days ahead and a day back"""
+    clock = site.devices_clock
+    if clock is None:
+        raise Unavailable("a false clock needs a C compiler, cc")
+    try:
+        for days in DAYS:
+            clock.jump(days * DAY_S)
+            begin_s = time.monotonic()
+            time.sleep(hold_s / 2)
+            check_off(site.device_off_s(begin_s), days * DAY_S, "the devices")
+    finally:
+        clock.jump(0)
     return "edge-a"
 
 
@@ -264,20 +243,6 @@ def full_disk(site: Site, hold_s: float) -> str:
     return "edge-a"
 
 
-def _false_clock(folder: Path) -> tuple[Path, dict[str, str]]:
-    """The file that says by how many seconds a clock is wrong, and the environment for a process to believe it."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise Unavailable("a false clock needs a C compiler, cc")
-    # Readable for the broker's own account, which the folder around is not.
-    place = Path(tempfile.mkdtemp(prefix="kinflow-clock-"))
-    place.chmod(0o755)
-    jump, source, library = place / "jump", folder / "clock.c", place / "clock.so"
-    source.write_text(FALSE_CLOCK)
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", f'-DJUMP="{jump}"', "-o", library, source], check=True)
-    return jump, {"LD_PRELOAD": str(library)}
-
-
 def _shaped(site: Site, hold_s: float, name: str, shape: Shape) -> str:
     site.links[name].shape = shape
     try:
@@ -285,21 +250,6 @@ def _shaped(site: Site, hold_s: float, name: str, shape: Shape) -> str:
     finally:
         site.links[name].shape = CLEAR
     return name
-
-
-@contextmanager
-def environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """For child processes started in this block."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 ALL: dict[str, Fault] = {
@@ -325,6 +275,7 @@ ALL: dict[str, Fault] = {
         duplicate_replies,
         other_version,
         clock_jumps,
+        device_clocks_jump,
         full_disk,
     )
 }

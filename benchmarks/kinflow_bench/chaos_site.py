@@ -11,10 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -24,11 +25,13 @@ from kinflow import children
 from kinflow.errors import LinkError
 from kinflow.fleet import Fleet, ServerProcess
 from kinflow.messages import Tier
-from kinflow_bench.chaos_devices import Job, Row
+from kinflow_bench.chaos_clock import FalseClock, Unavailable, environment
+from kinflow_bench.chaos_devices import Ended, Job, Row
 from kinflow_bench.shaping import ShapingProxy
 
 SERVERS = ("edge-a", "edge-b", "cloud")
-READY_TIMEOUT_S = 60.0
+LAST_ANSWERS_S = 60.0
+"""What devices get for what still waits in their outboxes."""
 
 
 class Site:
@@ -42,8 +45,10 @@ class Site:
         self.links: dict[str, ShapingProxy] = {}
         """By server: between devices and it; `up` stands between the edge servers and the cloud."""
         self.rows: list[Row] = []
-        self.started = 0
-        """Inferences that the devices began; known when they have ended."""
+        self.ended: list[Ended] = []
+        """What the processes of devices said last."""
+        self.devices_clock: FalseClock | None = None
+        """Of the first process of devices."""
         self._ports: dict[str, int] = {}
         self._devices: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
@@ -103,6 +108,13 @@ class Site:
         self.servers[name].process.wait(30)
         self._wait_for_port(name)
 
+    def false_clock(self) -> FalseClock:
+        """A new one. Raises Unavailable."""
+        # Not in this bench's folder, which only its owner may read.
+        place = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kinflow-clock-")))
+        place.chmod(0o755)
+        return FalseClock(place)
+
     def broker_pid(self, name: str) -> int:
         """Of the broker that runs now: one that died was started again."""
         for said in self._said(name):
@@ -127,29 +139,28 @@ class Site:
 
     # Devices
 
-    def start_devices(
-        self, count: int, processes: int, images: Path, image_count: int, deadline_s: float, interval_s: float
-    ) -> None:
-        broker = f"{self.links['edge-a'].address},{self.links['edge-b'].address}"
-        share = -(-count // processes)
-        for first in range(0, count, share):
-            job = Job(
-                str(self.bundle),
-                str(images),
-                image_count,
-                broker,
-                self.links["cloud"].address,
-                deadline_s,
-                min(share, count - first),
-                first,
-                interval_s,
-            )
-            process = subprocess.Popen(
-                [sys.executable, "-m", "kinflow_bench.chaos_devices", msgspec.json.encode(job).decode()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-            )
+    def start_devices(self, job: Job, processes: int) -> None:
+        """`job` for all devices together; brokers are named here."""
+        job = msgspec.structs.replace(
+            job,
+            bundle=str(self.bundle),
+            broker=f"{self.links['edge-a'].address},{self.links['edge-b'].address}",
+            cloud=self.links["cloud"].address,
+            outboxes=str(self.folder),
+        )
+        with suppress(Unavailable):
+            self.devices_clock = self.false_clock()
+        share = -(-job.devices // processes)
+        for first in range(0, job.devices, share):
+            mine = msgspec.structs.replace(job, devices=min(share, job.devices - first), first=first)
+            false = self.devices_clock if first == 0 else None
+            with environment(false.environment if false else {}):
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "kinflow_bench.chaos_devices", msgspec.json.encode(mine).decode()],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,
+                )
             self._devices.append(process)
             reader = threading.Thread(target=self._read, args=(process,), daemon=True)
             reader.start()
@@ -162,7 +173,7 @@ class Site:
                 process.stdin.close()
         for process, reader in zip(self._devices, self._readers, strict=True):
             try:
-                process.wait(30)
+                process.wait(LAST_ANSWERS_S)
             except subprocess.TimeoutExpired:
                 children.stop(process)
             reader.join(10)
@@ -170,6 +181,11 @@ class Site:
                 process.stdout.close()
         self._devices.clear()
         self._readers.clear()
+
+    def device_off_s(self, since_s: float) -> float:
+        """By how much the wall clock of the first device was off at its last answer since then; 0 without one."""
+        seen = [row for row in list(self.rows) if row.device == 0 and row.at_s >= since_s]
+        return seen[-1].wall_s - time.time() if seen else 0.0
 
     @property
     def device_pids(self) -> list[int]:
@@ -179,19 +195,31 @@ class Site:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(b"{"):
-                self.started += int(msgspec.json.decode(line)["started"])
+                self.ended.append(msgspec.json.decode(line, type=Ended))
             else:
                 self.rows.append(msgspec.json.decode(line, type=Row))
 
 
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """The process is there, its connections too, and it does nothing."""
+    """The process is there, its connections too, and it does nothing. Raises Unavailable when it goes on."""
     os.kill(pid, signal.SIGSTOP)
     try:
+        if not _stops(pid):
+            raise Unavailable(f"process {pid} does not stop")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def _stops(pid: int) -> bool:
+    give_up_s = time.monotonic() + 2
+    while time.monotonic() < give_up_s:
+        # After the name, which may hold anything, comes the state; T is stopped.
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def resident_mb(pid: int) -> float:

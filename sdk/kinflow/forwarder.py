@@ -25,6 +25,8 @@ TIMEOUT_S = 30.0
 # How often to look whether there is a server.
 LOOK_S = 0.5
 BATCH = 32
+WAITED = "it waited for a server"
+"""The reason in such an answer."""
 
 
 class Forwarder:
@@ -118,7 +120,7 @@ class Forwarder:
         routes = self._uplink.routes(entry.split, [Rate(entry.codec, len(entry.payload))])
         if isinstance(routes, NoRoute):
             return False
-        chosen = Offload(routes[0], entry.codec, "it waited for a server")
+        chosen = Offload(routes[0], entry.codec, WAITED)
         try:
             answer = self._ask(entry, chosen)
         except ServerFailed as exc:  # it would fail again: what waits behind it must not wait for ever

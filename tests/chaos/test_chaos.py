@@ -28,7 +28,10 @@ def test_every_inference_is_answered_once_rightly_and_in_time() -> None:
     assert figures["wrong"] == 0, figures["wrong_examples"]
     assert figures["total_ms"]["max"] < figures["deadline_ms"] + BUSY_MS
     assert figures["unexplained"] == 0
-    assert figures["faults"] == len(chaos.SHORT.faults) == len(said)
+    assert figures["faults"] == len(chaos.SHORT.faults) == len(said), figures["left_out"]
+    waiting = figures["eventually"]
+    assert waiting["answered"] == waiting["handed_in"] > 0
+    assert waiting["left"] == 0
     assert figures["recovery_s"]["never"] == 0, said
     assert set(figures["tiers"]) == {"device", "edge", "cloud"}
     for before_mb, after_mb in zip(*figures["device_memory_mb"].values(), strict=True):
