@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import zeroconf
@@ -253,3 +254,15 @@ def test_a_network_that_comes_up_later_is_used() -> None:
     command = ["unshare", "--net", sys.executable, "-c", FOLLOW]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_whoever_announced_first_does_not_keep_the_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where as many are listed as can be, the newest one takes the place of another."""
+    monkeypatch.setattr(discovery, "MAX_NODES", 2)
+    with ExitStack() as stack:
+        browser = stack.enter_context(Browser(interfaces=LOOPBACK))
+        for port in range(1, 6):
+            sent = node(unique(), port=port)
+            stack.enter_context(Advert(sent, interfaces=LOOPBACK))
+            assert wait(lambda sent=sent: named(browser, sent.node) == [sent])
+            assert len(browser.nodes()) <= 2

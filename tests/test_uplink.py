@@ -6,9 +6,11 @@ import gc
 import os
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -514,6 +516,39 @@ def test_a_server_that_is_announced_but_dead_is_not_in_the_way(own_family: Famil
         wait_until(lambda: chosen(uplink) == "good")
         dead = Node(f"dead-{os.urandom(4).hex()}", "edge", LOOPBACK, NOWHERE.port, mine)
         stack.enter_context(Advert(dead, interfaces=[LOOPBACK]))
+        until_s = time.monotonic() + 2.0
+        while time.monotonic() < until_s:
+            assert order(uplink) == ["good"]
+            time.sleep(0.01)
+
+
+def test_a_crowd_of_false_announcements_does_not_hide_the_real_server(
+    own_family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there are places, all of them before it in this client's order: it is found, and stays."""
+    monkeypatch.setattr(kinflow.uplink, "TRIAL_S", 0.5)
+    mine = ((own_family.id, own_family.version),)
+    uplink = make(own_family, "")
+
+    def place(node: Node) -> int:
+        return zlib.crc32(f"{uplink._client_id}{node}".encode())
+
+    with ExitStack() as stack:
+        broker = stack.enter_context(running(KINDS[0]))
+        stack.enter_context(FakeNode(broker.address, own_family, "good"))
+        names = (f"n-{os.urandom(4).hex()}" for _ in count())
+        real = next(
+            n for name in names if place(n := Node(name, "edge", LOOPBACK, broker.address.port, mine)) > 1 << 31
+        )
+        ports = iter(range(10, 10 + kinflow.uplink.MAX_ANNOUNCED + 3))  # nobody listens there
+        for port in ports:
+            false = next(n for name in names if place(n := Node(name, "edge", LOOPBACK, port, mine)) < place(real))
+            stack.enter_context(Advert(false, interfaces=[LOOPBACK]))
+        uplink.start()
+        stack.callback(uplink.close)
+        wait_until(lambda: len(uplink._links) == kinflow.uplink.MAX_ANNOUNCED)
+        stack.enter_context(Advert(real, interfaces=[LOOPBACK]))
+        assert found(uplink, 20)
         until_s = time.monotonic() + 2.0
         while time.monotonic() < until_s:
             assert order(uplink) == ["good"]

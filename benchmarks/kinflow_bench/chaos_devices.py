@@ -22,7 +22,7 @@ from kinflow import idx
 from kinflow.answer import Answer
 from kinflow.device import Device
 from kinflow.outbox import Outbox
-from kinflow.settings import DeviceSettings
+from kinflow.settings import DeviceSettings, TlsSettings
 
 # What still waits for a server then has had time enough: all of them are back.
 LAST_ANSWERS_S = 30.0
@@ -44,6 +44,7 @@ class Job(msgspec.Struct, frozen=True):
     cloud: str = ""
     outboxes: str = ""
     """Folder for them."""
+    insecure_lan: bool = False
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -86,7 +87,13 @@ def main(job: Job) -> None:
     def work(number: int) -> None:
         choose = random.Random(number)
         outbox = Path(job.outboxes) / f"outbox-{number}"
-        settings = DeviceSettings(broker=job.broker, cloud=job.cloud, deadline_s=job.deadline_s, outbox=str(outbox))
+        settings = DeviceSettings(
+            broker=job.broker,
+            cloud=job.cloud,
+            deadline_s=job.deadline_s,
+            outbox=str(outbox),
+            tls=TlsSettings(insecure_lan=job.insecure_lan),
+        )
         started = 0
         handed_in: list[Future[Answer]] = []
         with Device.open(job.bundle, settings) as device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -46,8 +47,11 @@ def run(bundle: Path, rounds: int, batch_size: int, batch_wait_ms: float, broker
         "--broker-kind",
         broker_kind,
     )
-    with Fleet([bundle]) as fleet:
-        server = fleet.start("cloud", "--no-advertise", *options)
+    with Fleet([bundle]) as fleet, tempfile.TemporaryDirectory() as folder:
+        # One client is all load here: what protects servers from such a one is no part of the measurement.
+        unlimited = Path(folder) / "cloud.toml"
+        unlimited.write_text("requests_per_s_per_device = 1e6\n")
+        server = fleet.start("cloud", "--no-advertise", "--settings", str(unlimited), *options)
         with Link(BrokerAddress.parse(server.broker), f"bench-{os.getpid()}") as link:
             if not link.wait_connected(10.0):
                 raise LinkError(f"no connection to {server.broker}")

@@ -11,6 +11,7 @@ from kinflow import frame, topics
 from kinflow.errors import FrameError, KinflowError, LinkError
 from kinflow.logs import event
 from kinflow.messages import Busy, Cancel, Echo, Failure, Message, Probe, Release, Reply, Request, Verdict, Verify
+from kinflow_edge.allowance import Allowance
 from kinflow_edge.recent import RecentRequests
 
 log = logging.getLogger("kinflow.worker")
@@ -21,26 +22,37 @@ Asked = Request | Verify
 class Desk:
     """Reads frames and sends answers through `publish`; counts both. For any thread."""
 
-    def __init__(self, node: str, publish: Callable[[str, bytes], None], test_client: str = "") -> None:
-        """`test_client`: whose requests are the server's own test, and not counted."""
+    def __init__(self, node: str, publish: Callable[[str, bytes], None], per_s: float, test_client: str = "") -> None:
+        """`per_s`: messages of one client that are read in a second.
+
+        `test_client`: whose requests are the server's own test, and not counted.
+        """
         self.node = node
         self.counts: Counter[str] = Counter()
-        """Since the start: served, escalated, busy, repeated, cancelled, expired, lost, and failed:<code>."""
+        """Since the start: served, escalated, busy, limited, repeated, cancelled, expired, lost, and failed:<code>."""
         self.last_request_s: float | None = None
         """When a request came last (time.monotonic()), the server's own tests aside."""
         self._publish = publish
         self._test_client = test_client
+        self._allowance = Allowance(per_s)
         self._recent = RecentRequests()
 
     @property
     def rejected(self) -> int:
-        return self.counts["busy"] + sum(n for name, n in self.counts.items() if name.startswith("failed:"))
+        return (
+            self.counts["busy"]
+            + self.counts["limited"]
+            + sum(n for name, n in self.counts.items() if name.startswith("failed:"))
+        )
 
     def is_test(self, asked: Asked) -> bool:
         return asked.client == self._test_client
 
     def read(self, topic: str, data: frame.Buffer, kinds: tuple[type[Message], ...]) -> frame.Frame | None:
-        """A frame with a message of `kinds` from whom the topic names; else it is counted, and there is nothing."""
+        """A frame with a message of `kinds` from whom the topic names; else it is counted, and there is nothing.
+
+        Nor is there when that client sends too much.
+        """
         try:
             found = frame.unpack(data)
             message = found.message
@@ -54,7 +66,18 @@ class Desk:
             self.counts[f"failed:{exc.code}"] += 1
             event(log, logging.WARNING, "refused", code=exc.code, topic=topic, error=str(exc))
             return None
+        wait_s = (
+            0.0 if message.client == self._test_client else self._allowance.take(message.client, 1, time.monotonic())
+        )
+        if wait_s > 0:
+            self._limit(message, wait_s)
+            return None
         return found
+
+    def _limit(self, message: Request | Verify | Release | Cancel | Probe, wait_s: float) -> None:
+        self.counts["limited"] += 1
+        if isinstance(message, (Request, Verify)):
+            self._send(message, frame.pack(Busy(message.id, self.node, wait_s * 1e3)))
 
     def is_new(self, asked: Asked, arrived_s: float) -> bool:
         """A repeat is answered from memory, as soon as there is an answer."""

@@ -57,7 +57,7 @@ class Worker:
         test_client: str = "",
     ) -> None:
         """`test_client`: whose requests are the server's own test: computed and answered here, and not counted."""
-        self.desk = Desk(node, publish, test_client)
+        self.desk = Desk(node, publish, settings.requests_per_s_per_device, test_client)
         self._node = node
         self._tier = tier
         self._models = dict(models)

@@ -10,6 +10,7 @@ follow the machine's addresses as they come and go, and `check()` raises Discove
 from __future__ import annotations
 
 import logging
+import random
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -184,7 +185,8 @@ class Browser(_Attached):
             if instance is not self._zeroconf or self._nodes.get(name) == node:
                 return
             if name not in self._nodes and len(self._nodes) >= MAX_NODES:
-                return
+                # Whoever came first must not keep the others out.
+                del self._nodes[random.choice(list(self._nodes))]
             self._nodes[name] = node
         self._changed()
 

@@ -251,6 +251,15 @@ class ServerSettings(_Settings, frozen=True):
     queue_size_per_device: Annotated[
         int, _doc("Most requests of one device waiting; above it that device is told Busy.", ge=1, le=100_000)
     ] = 256
+    requests_per_s_per_device: Annotated[
+        float,
+        _doc(
+            "Most messages of one device in a second; above it requests are told Busy, all else is dropped. "
+            "An edge server with all of its devices is one to the cloud server.",
+            ge=1,
+            le=1e6,
+        ),
+    ] = 2000.0
     drain_s: Annotated[
         float,
         _doc(

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from kinflow import topics
+from kinflow.crowd import Crowd
 from kinflow.discovery import Browser
 from kinflow.errors import KinflowError, SettingsError
 from kinflow.frame import Buffer
@@ -32,8 +33,11 @@ log = logging.getLogger("kinflow.uplink")
 CHECK_INTERVAL_S = 0.25
 # A node that was not heard of for so long is probed.
 PROBE_INTERVAL_S = 5.0
-# A LAN may have many servers; a device keeps links to a few brokers beside the named ones.
+# A LAN may have many servers; a device keeps links to a few brokers beside the named ones. Where more are announced,
+# some of those places are for trying them out one after the other.
 MAX_ANNOUNCED = 6
+TRIALS = 2
+TRIAL_S = 3.0
 # The link to a broker that is no longer announced stays open this long: requests may still be under way on it.
 RETIRE_S = 10.0
 
@@ -81,6 +85,7 @@ class Uplink:
         self._links: dict[BrokerAddress, Link] = {}
         self._peers: dict[str, Peer] = {}
         self._lock = threading.Lock()
+        self._crowd = Crowd(MAX_ANNOUNCED, TRIALS, TRIAL_S)
         self._unwanted_since_s: dict[BrokerAddress, float] = {}
         self._closing: list[threading.Thread] = []
         self._links_made = 0
@@ -228,19 +233,20 @@ class Uplink:
 
     def _follow(self, now_s: float) -> None:
         """Link to what is named or announced; close what has not been for a while."""
-        wanted = list(dict.fromkeys((*self._named, *self._announced())))
+        wanted = list(dict.fromkeys((*self._named, *self._announced(now_s))))
         for address in wanted:
             self._unwanted_since_s.pop(address, None)
             if address not in self._links:
                 self._connect(address)
         for address in [address for address in self._links if address not in wanted]:
-            if now_s - self._unwanted_since_s.setdefault(address, now_s) > RETIRE_S:
+            unwanted_s = now_s - self._unwanted_since_s.setdefault(address, now_s)
+            if unwanted_s > RETIRE_S or self._crowd.gave_way(address):
                 self._disconnect(address)
 
-    def _announced(self) -> list[BrokerAddress]:
+    def _announced(self, now_s: float) -> list[BrokerAddress]:
         """Brokers of announced servers of this family: the nearest tier first, in it an order of this client's own.
 
-        That order spreads many devices over many servers (rendezvous hashing).
+        That order spreads many devices over many servers (rendezvous hashing). Of too many, those that work.
         """
         if self._browser is None:
             return []
@@ -254,7 +260,10 @@ class Uplink:
             self._nothing_found = refused[0]
             nodes = [node for node in nodes if not refuse_plain(self._tls, node.host)]
         nodes.sort(key=lambda node: (self._tiers.index(node.tier), zlib.crc32(f"{self._client_id}{node}".encode())))
-        return list(dict.fromkeys(BrokerAddress(node.host, node.port) for node in nodes))[:MAX_ANNOUNCED]
+        addresses = list(dict.fromkeys(BrokerAddress(node.host, node.port) for node in nodes))
+        links = {peer.link for peer in self._peers.values() if peer.status is not None}
+        working = [address for address, link in self._links.items() if link.connected and link in links]
+        return self._crowd.choose(addresses, working, now_s)
 
     def _connect(self, address: BrokerAddress) -> None:
         self._links_made += 1

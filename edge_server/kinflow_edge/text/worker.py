@@ -58,7 +58,7 @@ class TextWorker:
         test_client: str = "",
     ) -> None:
         """`test_client`: whose requests are the server's own test: decided here, and not counted."""
-        self.desk = Desk(node, publish, test_client)
+        self.desk = Desk(node, publish, settings.requests_per_s_per_device, test_client)
         self._models = dict(models)
         self._size, self._per_client = settings.queue_size, settings.queue_size_per_device
         self._chunk = settings.sessions.chunk
