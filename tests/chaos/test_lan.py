@@ -102,11 +102,11 @@ def slow(host: Host) -> Iterator[None]:
 
 
 @contextmanager
-def losing(host: Host, percent: int) -> Iterator[None]:
-    """So many of the packets that come in are dropped; of 100 all, and nobody is told: half-open connections."""
+def dropping(host: Host, what: str) -> Iterator[None]:
+    """Packets that come in are dropped where nft's expression `what` holds, and nobody is told."""
     nft = shutil.which("nft") or "/usr/sbin/nft"
-    rule = f"type filter hook input priority 0; numgen random mod 100 < {percent} drop;"
-    in_host(host, nft, f"table inet chaos {{ chain input {{ {rule} }} }}")
+    rule = f"type filter hook input priority 0; {what} drop;"
+    in_host(host, nft, f"table inet chaos {{\nchain input {{\n{rule}\n}}\n}}\n")  # nft asks for these line ends
     yield
     in_host(host, nft, "delete table inet chaos")
 
@@ -138,8 +138,8 @@ def test_every_inference_is_answered_while_the_link_fails(lan: list[Host], tmp_p
     faults: dict[str, Callable[[], object]] = {
         "cable": lambda: pulled_cable(edge),
         "slow": lambda: slow(device),
-        "loss": lambda: losing(device, 20),
-        "silence": lambda: losing(edge, 100),
+        "loss": lambda: dropping(device, "numgen random mod 100 < 20"),
+        "silence": lambda: dropping(edge, ""),
     }
     shared = ("--port", PORT, "--insecure-lan", "--no-advertise", "--json")
     with ExitStack() as stack:
