@@ -93,15 +93,16 @@ def run(family: Path, images: Path, plan: Plan, tell: Callable[[str], None] = la
         with Site(bundle, folder) as site:
             job = Job(str(images), len(pixels), plan.deadline_s, plan.devices, plan.interval_s, plan.eventually)
             site.start_devices(job, plan.processes)
-            _wait(lambda: len({row.device for row in site.rows}) == plan.devices, START_S, "devices that answer")
-            _wait(lambda: all(_used(site, server, 0.0) for server in SERVERS[:2]), START_S, "offloads to both")
+            _wait(site, lambda: len({row.device for row in site.rows}) == plan.devices, START_S, "devices that answer")
+            _wait(site, lambda: all(_used(site, server, 0.0) for server in SERVERS[:2]), START_S, "offloads to both")
             time.sleep(3)
             memory = {"devices": [resident_mb(pid) for pid in site.device_pids]}
             faults: list[dict[str, Any]] = []
             try:
                 for fault in plan.faults:
+                    site.check_devices()
                     faults.append(_fault(site, fault, plan, tell))
-                _wait(lambda: len(_prompt(site.rows)) >= plan.inferences, 3600, "inferences")
+                _wait(site, lambda: len(_prompt(site.rows)) >= plan.inferences, 3600, "inferences")
             except KeyboardInterrupt:
                 tell("stopped early: what was done so far is summed up")
             memory["devices_after"] = [resident_mb(pid) for pid in site.device_pids]
@@ -223,9 +224,10 @@ def _kind(reason: str) -> str:
     return "".join("#" if sign.isdigit() else sign for sign in reason)[:60]
 
 
-def _wait(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+def _wait(site: Site, condition: Callable[[], object], timeout_s: float, what: str) -> None:
     give_up_s = time.monotonic() + timeout_s
     while not condition():
+        site.check_devices()
         if time.monotonic() > give_up_s:
             raise LinkError(f"no {what} within {timeout_s:.0f} s")
         time.sleep(0.05)

@@ -187,6 +187,12 @@ class Site:
         seen = [row for row in list(self.rows) if row.device == 0 and row.at_s >= since_s]
         return seen[-1].wall_s - time.time() if seen else 0.0
 
+    def check_devices(self) -> None:
+        """Raises LinkError when one of their processes has ended: nothing is done to those."""
+        for process in self._devices:
+            if process.poll() is not None:
+                raise LinkError(f"a process of devices (pid {process.pid}) ended with status {process.returncode}")
+
     @property
     def device_pids(self) -> list[int]:
         return [process.pid for process in self._devices]
