@@ -119,13 +119,14 @@ def show_table(device: Any, items: Any, labels: list[str]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(Text(_line([name for name, _ in COLUMNS]), "bold"), soft_wrap=True)
     summary = Summary()
     try:
         for item in items:
             truth = _truth(item, labels)
             answer = device.infer(item.image)
             summary.add(answer, truth)
+            if summary.images == 1:
+                console.print(Text(_line([name for name, _ in COLUMNS]), "bold"), soft_wrap=True)
             console.print(_row(item, answer, truth), soft_wrap=True)
     finally:
         if summary.images:
