@@ -22,12 +22,14 @@ from kinflow import idx
 from kinflow.answer import Answer
 from kinflow.device import Device
 from kinflow.outbox import Outbox
+from kinflow.ready import ready
 from kinflow.settings import DeviceSettings, TlsSettings
 
 # What still waits for a server then has had time enough: all of them are back.
 LAST_ANSWERS_S = 30.0
 
 
+@ready
 class Job(msgspec.Struct, frozen=True):
     images: str
     image_count: int
@@ -47,6 +49,7 @@ class Job(msgspec.Struct, frozen=True):
     insecure_lan: bool = False
 
 
+@ready
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One answer."""
 
@@ -69,6 +72,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     """It was handed in; `total_ms` says nothing then."""
 
 
+@ready
 class Ended(msgspec.Struct, frozen=True):
     """The last line of a process."""
 

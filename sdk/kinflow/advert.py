@@ -14,6 +14,7 @@ import msgspec
 
 from kinflow.errors import DiscoveryError
 from kinflow.messages import Name, Tier
+from kinflow.ready import ready
 
 MAX_TXT_BYTES = 255
 
@@ -83,6 +84,7 @@ def _is_unicast(address: ipaddress.IPv4Address) -> bool:
     return not (address.is_multicast or address.is_unspecified or address.is_reserved)
 
 
+@ready
 class _Txt(msgspec.Struct, frozen=True):
     """The TXT record, checked. Unknown keys are ignored."""
 

@@ -13,6 +13,7 @@ import msgspec
 
 from kinflow.errors import BundleError
 from kinflow.manifest import File
+from kinflow.ready import ready
 from kinflow.signing import TrustedKeys
 
 MANIFEST = "family.json"
@@ -27,6 +28,7 @@ USED_BY = {
 }
 
 
+@ready
 class _Task(msgspec.Struct):
     task: str = ""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from kinflow.messages import Name
+from kinflow.ready import ready
 
 SCHEMA = 1
 BackendName = Literal["onnx", "tflite"]
@@ -147,6 +148,7 @@ class Preprocess(_Strict, frozen=True):
     """How a file of another size is fitted: stretched, or shorter side scaled and the centre cut out."""
 
 
+@ready
 class Manifest(_Strict, frozen=True):
     schema: Literal[1]
     id: Name

@@ -23,6 +23,7 @@ from kinflow.errors import BundleError, SettingsError
 from kinflow.family import Family, read_manifest
 from kinflow.files import write_whole
 from kinflow.manifest import BackendName, File, Manifest
+from kinflow.ready import ready
 from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
 from kinflow.source import PART_BYTES, BundleSource
 from kinflow.text.family import read_text_manifest
@@ -83,6 +84,7 @@ def _read_manifest(raw: bytes, signatures: bytes, trusted: TrustedKeys, name: st
     return read_manifest(raw, signatures, trusted, name)[0]
 
 
+@ready
 class _Named(msgspec.Struct):
     id: str
     version: str

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from kinflow.ready import ready
 from kinflow.text.generation import Mode
 
 # Parameters that do not change the text.
@@ -97,6 +98,7 @@ class _Kinflow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mode: Mode | None = None
 
 
+@ready
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]

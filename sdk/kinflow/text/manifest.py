@@ -9,6 +9,7 @@ import msgspec
 
 from kinflow.manifest import File, Positive, PositiveFloat, Share, _Strict
 from kinflow.messages import Name
+from kinflow.ready import ready
 
 TASK = "text-generation"
 IDS = "ids"
@@ -91,6 +92,7 @@ class Member(_Strict, frozen=True):
     segments: Annotated[list[Name], msgspec.Meta(min_length=1)]
 
 
+@ready
 class TextManifest(_Strict, frozen=True):
     schema: Literal[1]
     id: Name
