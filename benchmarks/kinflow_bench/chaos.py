@@ -80,7 +80,7 @@ SHORT = Plan(
     rest_s=0.5,
     interval_s=0.15,
 )
-"""What continuous integration runs: once each of the faults that differ most, in about two minutes."""
+"""What continuous integration runs: once each of the faults that differ most, in about a minute."""
 
 
 def run(family: Path, images: Path, plan: Plan, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
