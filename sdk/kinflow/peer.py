@@ -159,6 +159,7 @@ class Peer:
                 self._failed(now_s)
                 if self.breaker.state(now_s) != "closed" and now_s - self.link.heard_s > SILENT_S:
                     self.link.connection.renew()  # half-open, perhaps: its keepalive would take twice as long
+                    self._was_ready = False  # what it says on the new connection is news
 
     def _succeeded(self, now_s: float) -> None:
         self._heard_s = now_s
