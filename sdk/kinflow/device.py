@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
-from kinflow.address import parse_all
 from kinflow.answer import Answer, Timings
 from kinflow.audit import Audit
 from kinflow.auditor import Auditor
@@ -73,7 +72,6 @@ class Device:
         exit_spec = family.manifest.exits[str(last.exit)]
         self._temperature = exit_spec.temperature
         self._threshold = exit_spec.threshold if settings.threshold is None else settings.threshold
-        self._client_id = f"device-{os.urandom(6).hex()}"
         self._uplink: Uplink | None = None
         self._split = last.split if settings.offload else None
         if last.split is None:
@@ -111,16 +109,7 @@ class Device:
             raise SettingsError("this device is open already: make another one, or leave the with block first")
         self._pool = ThreadPoolExecutor(self.settings.workers, thread_name_prefix="kinflow-submit")
         if self._split is not None:
-            named = parse_all(self.settings.broker)
-            self._uplink = Uplink(
-                self.family,
-                self._client_id,
-                tiers=("edge", "cloud"),
-                brokers=(*named, *parse_all(self.settings.cloud)),
-                browse=not named,
-                interfaces=self.settings.interfaces,
-                tls=self.settings.tls,
-            )
+            self._uplink = Uplink.of_device(self.family, self.settings)
             self._uplink.start()
             if self.settings.outbox:
                 self._outbox = Outbox(self.settings.outbox, self.settings.outbox_size)

@@ -7,6 +7,7 @@ probes, so that nothing here ever holds up an inference.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import zlib
@@ -14,6 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from kinflow import topics
+from kinflow.address import parse_all
 from kinflow.crowd import Crowd
 from kinflow.discovery import Browser
 from kinflow.errors import KinflowError, SettingsError
@@ -25,7 +27,7 @@ from kinflow.mqtt import BrokerAddress
 from kinflow.peer import Attempt, Peer
 from kinflow.policy import NoRoute, Offload, Rate, Route
 from kinflow.resort import Resort
-from kinflow.settings import TlsSettings
+from kinflow.settings import DeviceSettings, TlsSettings
 from kinflow.tls import Credentials, refuse_plain
 
 log = logging.getLogger("kinflow.uplink")
@@ -93,6 +95,20 @@ class Uplink:
         self._stop = threading.Event()
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="kinflow-uplink", daemon=True)
+
+    @classmethod
+    def of_device(cls, family: Versioned, settings: DeviceSettings) -> Uplink:
+        """A device's: to the named brokers, or those that are announced; the cloud when no edge server can be asked."""
+        named = parse_all(settings.broker)
+        return cls(
+            family,
+            f"device-{os.urandom(6).hex()}",
+            tiers=("edge", "cloud"),
+            brokers=(*named, *parse_all(settings.cloud)),
+            browse=not named,
+            interfaces=settings.interfaces,
+            tls=settings.tls,
+        )
 
     def start(self) -> None:
         if self._browser is not None:

@@ -7,7 +7,6 @@ with kinflow.TextDevice.open("families/smollm2/bundle") as device:
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from types import TracebackType
 
 from msgspec import ValidationError, convert
 
-from kinflow.address import parse_all
 from kinflow.errors import InputError, SettingsError
 from kinflow.policy import NoRoute, Rate
 from kinflow.settings import DeviceSettings
@@ -62,16 +60,7 @@ class TextDevice:
         if self._uplink is not None:
             raise SettingsError("this device is open already: make another one, or leave the with block first")
         if self.settings.offload:
-            named = parse_all(self.settings.broker)
-            self._uplink = Uplink(
-                self.family,
-                f"device-{os.urandom(6).hex()}",
-                tiers=("edge", "cloud"),
-                brokers=(*named, *parse_all(self.settings.cloud)),
-                browse=not named,
-                interfaces=self.settings.interfaces,
-                tls=self.settings.tls,
-            )
+            self._uplink = Uplink.of_device(self.family, self.settings)
             self._uplink.start()
         return self
 
