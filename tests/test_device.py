@@ -420,8 +420,10 @@ def test_the_edge_server_is_found_and_preferred(announced: Path) -> None:
             wait_until(lambda: device.infer(IMAGES[0]).tier == "edge")
         with Device.open(announced, settings) as device:
             assert device.wait_for_server(15)
-            answer = device.infer(IMAGES[0])
-            assert answer.timings.hops[0].node == edge.ready["node"]
+            # Either may be heard of first; from then on it is the edge.
+            wait_until(lambda: device.infer(IMAGES[0]).tier == "edge")
+            answers = [device.infer(image) for image in IMAGES]
+            assert {answer.timings.hops[0].node for answer in answers} == {edge.ready["node"]}
 
 
 def test_the_cloud_takes_over_when_the_edge_is_killed(announced: Path) -> None:
