@@ -18,7 +18,7 @@ from kinflow.family import Family
 from kinflow.testing import FakeDevice, InferenceDevice, answer
 
 METHODS = [name for name in vars(InferenceDevice) if inspect.isfunction(getattr(InferenceDevice, name))]
-SURFACE = ["__enter__", "__exit__", "infer", "submit", "wait_for_server"]
+SURFACE = ["__enter__", "__exit__", "collect", "infer", "submit", "wait_for_server"]
 
 
 def parameters(kind: type, method: str) -> list[tuple[str, Any, Any, Any]]:
@@ -142,3 +142,12 @@ def test_every_field_can_be_overridden() -> None:
     assert answer(confidence=0.1, bytes_up=3) == msgspec.structs.replace(plain, confidence=0.1, bytes_up=3)
     with pytest.raises(TypeError, match="confidense"):
         answer(confidense=1)
+
+
+def test_the_fake_hands_out_what_came_eventually() -> None:
+    """`collect` gives what the test said, each once; `submit` takes `when` and answers at once."""
+    late = answer("parcel", tier="edge")
+    with FakeDevice([answer("letter")], collected=[late]) as device:
+        assert device.submit(np.zeros(1), when="eventually").result(0).label == "letter"
+        assert list(device.collect()) == [late]
+        assert list(device.collect()) == []

@@ -12,10 +12,10 @@ An app that takes an `InferenceDevice` instead of a `kinflow.Device` can be give
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -40,7 +40,11 @@ class InferenceDevice(Protocol):
 
     def infer(self, image: Any, *, deadline_s: float | None = None) -> Answer: ...
 
-    def submit(self, image: Any, *, deadline_s: float | None = None) -> Future[Answer]: ...
+    def submit(
+        self, image: Any, *, deadline_s: float | None = None, when: Literal["now", "eventually"] = "now"
+    ) -> Future[Answer]: ...
+
+    def collect(self) -> Iterator[Answer]: ...
 
 
 def answer(label: str = "label", tier: Tier = "device", **overrides: Any) -> Answer:
@@ -73,12 +77,16 @@ class FakeDevice:
 
     Any iterable will do: `itertools.repeat(answer("cat"))` never ends. Asking for more than there is fails the
     test with AssertionError. Images are not looked at, but kept in `images`, and the deadlines in
-    `deadlines_s`. `server` is what `wait_for_server` says, at once. Safe to share by threads.
+    `deadlines_s`. `server` is what `wait_for_server` says, at once. `collected` is what `collect` hands out, once.
+    Safe to share by threads.
     """
 
-    def __init__(self, answers: Iterable[Answer | Exception], *, server: bool = True) -> None:
+    def __init__(
+        self, answers: Iterable[Answer | Exception], *, server: bool = True, collected: Iterable[Answer] = ()
+    ) -> None:
         self._answers = iter(answers)
         self._server = server
+        self._collected = iter(collected)
         self._lock = threading.Lock()
         self._open = False
         self.images: list[Any] = []
@@ -114,7 +122,17 @@ class FakeDevice:
             raise upcoming
         return upcoming
 
-    def submit(self, image: Any, *, deadline_s: float | None = None) -> Future[Answer]:
+    def collect(self) -> Iterator[Answer]:
+        """What the test said an earlier process had submitted."""
+        return self._collected
+
+    def submit(
+        self,
+        image: Any,
+        *,
+        deadline_s: float | None = None,
+        when: Literal["now", "eventually"] = "now",  # noqa: ARG002 - as Device's
+    ) -> Future[Answer]:
         """`infer` as a Future that is done already. Raises SettingsError outside of a with block."""
         if not self._open:
             raise SettingsError("the device is not open: use it in a with block")
