@@ -302,7 +302,7 @@ CODEC = ("splits", "s1", "codecs", "q8")
         # Codecs
         (put(*CODEC, "step", value=[0.1]), "codec 'q8': step and zero need 2 entries"),
         (put(*CODEC, "step", value=[0.1, -0.1]), "step"),
-        (put(*CODEC, "step", value=[0.1, 1e-60]), "positive and finite"),
+        (put(*CODEC, "step", value=[0.1, 1e-60]), "must be positive"),
         (put(*CODEC, "bits", value=5), "bits"),
         (put(*CODEC, "kind", value="pickle"), "kind"),
     ],
