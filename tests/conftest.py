@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
+import msgspec
 import pytest
 
 from kinflow.family import Family
@@ -57,3 +59,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "bundle"
     write_tiny(folder)
     return folder
+
+
+@pytest.fixture
+def own_family(family: Family) -> Family:
+    """Under an id that nobody else on this machine announces."""
+    return replace(family, manifest=msgspec.structs.replace(family.manifest, id=f"test-{os.urandom(6).hex()}"))

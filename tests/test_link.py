@@ -13,6 +13,7 @@ import pytest
 
 from brokers import KINDS, TestBroker, running, wait_until
 from kinflow import topics
+from kinflow.awaited import Answered
 from kinflow.errors import (
     FrameError,
     LinkError,
@@ -24,7 +25,7 @@ from kinflow.errors import (
     SettingsError,
 )
 from kinflow.frame import MAX_PAYLOAD_BYTES, pack, unpack
-from kinflow.link import Answered, Link
+from kinflow.link import Link
 from kinflow.messages import (
     Busy,
     Cancel,

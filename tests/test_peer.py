@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 
+from kinflow.awaited import Echoed
 from kinflow.breaker import TRIP_AFTER, Breaker
 from kinflow.errors import LinkTimeout
-from kinflow.link import Echoed, Link
+from kinflow.link import Link
 from kinflow.messages import NodeStatus
 from kinflow.mqtt import BrokerAddress
 from kinflow.peer import SILENT_S, Peer

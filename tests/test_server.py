@@ -15,10 +15,11 @@ import pytest
 
 from brokers import KINDS, wait_until
 from kinflow import topics
+from kinflow.awaited import Answered
 from kinflow.errors import BundleError, FamilyMismatch, LinkError, ServerFailed, SettingsError
 from kinflow.family import Family
 from kinflow.fleet import Fleet, ServerProcess
-from kinflow.link import Answered, Link
+from kinflow.link import Link
 from kinflow.messages import NodeStatus, Reply, Request, Tier
 from kinflow.mqtt import BrokerAddress
 from kinflow.preprocess import Preprocessor

@@ -17,7 +17,7 @@ from kinflow_builder.export_int8 import quantise_onnx
 from kinflow_builder.log import hushed
 from kinflow_builder.recipe import Precision
 from kinflow_builder.trunk import Segment
-from kinflow_builder.weights import store_weights
+from kinflow_builder.weights import save_with, store_weights
 
 Array = npt.NDArray[np.float32]
 
@@ -153,13 +153,4 @@ def _store_half(path: Path) -> None:
         name, stored = tensor.name, f"{tensor.name}.half"
         tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), stored))
         casts.append(onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
-    nodes = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*casts, *nodes])
-    # What the exporter noted about the initializers' types is no longer so.
-    halves = {cast.output[0] for cast in casts}
-    notes = [note for note in graph.value_info if note.name not in halves]
-    del graph.value_info[:]
-    graph.value_info.extend(notes)
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+    save_with(model, casts, path)

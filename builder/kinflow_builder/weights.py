@@ -6,6 +6,7 @@ DequantizeLinear: each inference would pay for it.) A quarter of the size or les
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,12 @@ def store_weights(path: Path, bits: Literal[6, 8]) -> None:
         restored.append(helper.make_node("Mul", [f"{name}.levels", f"{name}.scale"], [name]))
     if bits == 6:
         graph.initializer.extend(_constants())
+    save_with(model, restored, path)
+
+
+def save_with(model: onnx.ModelProto, restored: Sequence[onnx.NodeProto], path: Path) -> None:
+    """Nodes in front of all others, which make the weights of what is stored in fewer bits."""
+    graph = model.graph
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*restored, *nodes])

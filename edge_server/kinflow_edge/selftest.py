@@ -14,8 +14,9 @@ import msgspec
 
 from kinflow import topics
 from kinflow.address import BrokerAddress
+from kinflow.awaited import Answered
 from kinflow.errors import LinkError, ServerBusy
-from kinflow.link import Answered, Link
+from kinflow.link import Link
 from kinflow.messages import Reply, Verdict, Verify
 from kinflow.tls import Credentials
 from kinflow_edge.model import ServedFamily

@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 
 from kinflow import frame, topics
+from kinflow.awaited import Answered
 from kinflow.codec import Features
 from kinflow.confidence import read
 from kinflow.errors import BackendError, FamilyMismatch, LinkError
-from kinflow.link import Answered
 from kinflow.messages import Cancel, Probe, Reply, Request, Served, Tier
 from kinflow.policy import Decision, Keep, NoRoute, Offload, Route, decide
 from kinflow.resort import Resort

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 
 from kinflow.audit import Audit, RiskTest
+from kinflow.awaited import Answered
 from kinflow.codec import Features
 from kinflow.confidence import Reading
 from kinflow.errors import CodecError, LinkError
 from kinflow.family import Family
-from kinflow.link import Answered
 from kinflow.logs import event
 from kinflow.manifest import Certificate
 from kinflow.messages import Reply

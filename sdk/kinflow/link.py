@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
-from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from kinflow import topics
+from kinflow.awaited import Answered, Awaited, Echoed
 from kinflow.errors import (
     FrameError,
     LinkError,
@@ -56,32 +56,6 @@ MAX_IN_FLIGHT = 256
 MAX_NODES = 256
 
 
-R = TypeVar("R", Reply, Verdict)
-
-
-class Answered(msgspec.Struct, Generic[R], frozen=True):
-    """A reply, or a verdict, and what it cost."""
-
-    reply: R
-    bytes_up: int
-    """Whole MQTT payloads sent, of all attempts."""
-    bytes_down: int
-    """The MQTT payload of the reply."""
-    round_trip_s: float
-    """From the first attempt to the reply."""
-    attempts: int = 1
-    """Above 1 the reply may belong to any of them, and `round_trip_s` is no measure of the way."""
-
-
-@dataclass(frozen=True)
-class Echoed:
-    """A probe's answer."""
-
-    echo: Echo
-    bytes_up: int
-    round_trip_s: float
-
-
 @dataclass
 class LinkCounters:
     """What happened since the start."""
@@ -95,52 +69,6 @@ class LinkCounters:
     """Replies that no waiting request asked for: late, duplicate or foreign. Dropped."""
     malformed: int = 0
     """Messages that are no valid frame, or not what belongs on their topic. Dropped."""
-
-
-class _Awaited(Future[Any]):
-    """A request in flight. Whoever waits for it reads the socket meanwhile: a reply switches no threads."""
-
-    def __init__(
-        self,
-        link: Link,
-        topic: str,
-        request: Request | Verify | Probe,
-        payload: Buffer,
-        timeout_s: float,
-        repeat_after_s: float,
-    ) -> None:
-        super().__init__()
-        self._link = link
-        self.topic = topic
-        self.request = request
-        self.payload = payload
-        self.sent_s = time.monotonic()
-        self.deadline_s = self.sent_s + timeout_s
-        self.repeat_after_s = repeat_after_s
-        self.due_s = self.deadline_s
-        """When it is to be looked after again, unless the reply comes."""
-        self.bytes_up = 0
-        self.attempts = 0
-        self.repeated = False  # it was published again for want of a reply, on the present connection
-        self.orphaned = False  # its connection was lost, and with it perhaps the request or the reply
-
-    def cancel(self) -> bool:
-        return False
-
-    def result(self, timeout: float | None = None) -> Any:
-        return super().result(self._drive(timeout))
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        return super().exception(self._drive(timeout))
-
-    def _drive(self, timeout_s: float | None) -> float | None:
-        """What is left of the timeout afterwards."""
-        if self.done():
-            return timeout_s
-        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
-        until_s = self.deadline_s if give_up_s is None else min(give_up_s, self.deadline_s)
-        self._link.connection.drive(self.done, until_s)
-        return None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
 
 
 class Link:
@@ -169,7 +97,7 @@ class Link:
         self._on_status = on_status
         self._max_in_flight = max_in_flight
         self._lock = threading.Lock()
-        self._waiting: dict[bytes, _Awaited] = {}
+        self._waiting: dict[bytes, Awaited] = {}
         self._nodes: dict[str, NodeStatus] = {}
         self._counters = LinkCounters()
         self._look_s = math.inf
@@ -248,13 +176,13 @@ class Link:
         be published once again. Raises FrameError when request or payload are too large, LinkError on a
         foreign `client`.
         """
-        return self._send(_Awaited(self, topic, request, payload, request.deadline_ms / 1e3, repeat_after_s))
+        return self._send(Awaited(self.connection, topic, request, payload, request.deadline_ms / 1e3, repeat_after_s))
 
     def verify(
         self, topic: str, verify: Verify, payload: Buffer, *, repeat_after_s: float = 0.0
     ) -> Future[Answered[Verdict]]:
         """As `request`, for a step of a session."""
-        return self._send(_Awaited(self, topic, verify, payload, verify.deadline_ms / 1e3, repeat_after_s))
+        return self._send(Awaited(self.connection, topic, verify, payload, verify.deadline_ms / 1e3, repeat_after_s))
 
     def release(self, topic: str, session: bytes) -> None:
         """Tell a server that a session has ended. One that does not hear of it forgets the session when it idles."""
@@ -266,7 +194,7 @@ class Link:
     def probe(self, topic: str, size_bytes: int, timeout_s: float) -> Future[Echoed]:
         """Ask the node that listens on `topic` for an echo, with a payload of `size_bytes`. Ends as a request does."""
         probe = Probe(os.urandom(16), self.client)
-        awaited = _Awaited(self, topic, probe, bytes(size_bytes), timeout_s, timeout_s)
+        awaited = Awaited(self.connection, topic, probe, bytes(size_bytes), timeout_s, timeout_s)
         awaited.repeated = True  # a repeat would say nothing about the way
         return self._send(awaited)
 
@@ -281,7 +209,7 @@ class Link:
             log.debug("request %s: not cancelled at its server: %s", request_id.hex(), exc)
         future.set_exception(RequestCancelled(f"request {request_id.hex()} was cancelled"))
 
-    def _send(self, future: _Awaited) -> _Awaited:
+    def _send(self, future: Awaited) -> Awaited:
         if future.request.client != self.client:
             raise LinkError(f"request.client is {future.request.client!r}, this link is {self.client!r}")
         frame = parts(future.request, future.payload)
@@ -299,7 +227,7 @@ class Link:
         self._expect_silence(future)
         return future
 
-    def _remember(self, future: _Awaited) -> None:
+    def _remember(self, future: Awaited) -> None:
         if not self.connection.connected:
             raise LinkLost(f"not connected to {self.address}")
         with self._lock:
@@ -308,17 +236,17 @@ class Link:
             if self._waiting.setdefault(future.request.id, future) is not future:
                 raise LinkError(f"request {future.request.id.hex()} is in flight already")
 
-    def _forget(self, request_id: bytes) -> _Awaited | None:
+    def _forget(self, request_id: bytes) -> Awaited | None:
         with self._lock:
             return self._waiting.pop(request_id, None)
 
-    def _publish(self, future: _Awaited, frame: Sequence[Buffer]) -> None:
+    def _publish(self, future: Awaited, frame: Sequence[Buffer]) -> None:
         # Counted before: the reply may be here before publish() returns.
         future.attempts += 1
         future.bytes_up += sum(map(len, frame))
         self.connection.publish(future.topic, *frame)
 
-    def _publish_again(self, future: _Awaited) -> None:
+    def _publish_again(self, future: Awaited) -> None:
         left_ms = (future.deadline_s - time.monotonic()) * 1e3
         request = future.request
         if left_ms <= 0 or isinstance(request, Probe):
@@ -332,7 +260,7 @@ class Link:
 
     # Network thread: time passes
 
-    def _expect_silence(self, future: _Awaited) -> None:
+    def _expect_silence(self, future: Awaited) -> None:
         now_s = time.monotonic()
         patience_s = max(future.repeat_after_s, (future.deadline_s - now_s) / 3)
         with self._lock:
@@ -360,7 +288,7 @@ class Link:
             with self._lock:
                 self._look_by(min((future.due_s for future in self._waiting.values()), default=math.inf))
 
-    def _on_silence(self, future: _Awaited, now_s: float) -> None:
+    def _on_silence(self, future: Awaited, now_s: float) -> None:
         request_id = future.request.id
         if now_s < future.deadline_s:
             future.due_s = future.deadline_s

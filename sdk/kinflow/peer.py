@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
+from kinflow.awaited import Answered, Echoed, R
 from kinflow.breaker import Breaker
 from kinflow.errors import (
     LinkError,
@@ -25,7 +26,7 @@ from kinflow.errors import (
 )
 from kinflow.estimate import Estimator, LinkEstimate
 from kinflow.frame import Buffer
-from kinflow.link import Answered, Echoed, Link, R
+from kinflow.link import Link
 from kinflow.messages import NodeStatus, Reply, Request, Verdict, Verify
 from kinflow.policy import HEADER_BYTES
 

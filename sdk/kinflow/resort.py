@@ -14,8 +14,8 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
+from kinflow.awaited import Answered
 from kinflow.errors import LinkError, LinkLost, LinkTimeout
-from kinflow.link import Answered
 from kinflow.messages import Reply
 from kinflow.peer import Attempt
 

@@ -25,7 +25,7 @@ def frame(tokenizer: Tokenizer) -> Frame:
     """Raises InputError for a template that does not write down what is said."""
     roles = ("user", "assistant", "user")
     ids = tokenizer.chat([{"role": role, "content": said} for role, said in zip(roles, SAID, strict=True)])
-    rest = str(tokenizer.library.decode(ids, skip_special_tokens=False))
+    rest = str(tokenizer.inner.decode(ids, skip_special_tokens=False))
     pieces = []
     for said in SAID:
         before, found, rest = rest.partition(said)

@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from kinflow import topics
+from kinflow.awaited import Answered
 from kinflow.errors import LinkError, ServerFailed, SessionLost
-from kinflow.link import Answered
 from kinflow.messages import Verdict, Verify
 from kinflow.peer import Peer
 from kinflow.policy import NoRoute, Rate

@@ -17,8 +17,8 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from kinflow.awaited import Answered
 from kinflow.errors import SessionLost
-from kinflow.link import Answered
 from kinflow.messages import Cancel, Release, Tier, Verdict
 from kinflow.text.manifest import IDS
 from kinflow.text.sampling import Choice

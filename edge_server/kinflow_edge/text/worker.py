@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from functools import partial
 
 from kinflow import frame, topics
+from kinflow.awaited import Answered
 from kinflow.errors import FamilyMismatch
-from kinflow.link import Answered
 from kinflow.messages import Cancel, Probe, Release, Served, Tier, Verdict, Verify
 from kinflow.settings import ServerSettings
 from kinflow.uplink import Uplink

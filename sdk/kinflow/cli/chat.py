@@ -52,12 +52,12 @@ def chat(
     """
     chosen = texts.load_settings(
         settings_file,
-        text__mode=mode,
+        mode,
+        broker,
+        interface,
+        tls,
+        insecure_lan,
         text__max_tokens=max_tokens,
-        broker=broker,
-        interfaces=interface or None,
-        tls__folder=tls,
-        tls__insecure_lan=insecure_lan,
     )
     with texts.opened(bundle, family, chosen, wait) as device:
         Chat(device, system, chosen.text.mode, temperature=temperature, top_p=top_p, seed=seed).run()

@@ -46,12 +46,12 @@ def generate(
     said = _standard_input() if prompt == "-" else prompt
     chosen = texts.load_settings(
         settings_file,
-        text__mode=mode,
+        mode,
+        broker,
+        interface,
+        tls,
+        insecure_lan,
         offload=False if mode == "local" else None,
-        broker=broker,
-        interfaces=interface or None,
-        tls__folder=tls,
-        tls__insecure_lan=insecure_lan,
     )
     messages = [{"role": "user", "content": said}]
     if system is not None:

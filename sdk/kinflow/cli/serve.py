@@ -56,6 +56,11 @@ def serve(
 
     chosen = texts.load_settings(
         settings_file,
+        mode,
+        broker,
+        interface,
+        tls,
+        insecure_lan,
         serve__bundle=None if bundle is None else str(bundle),
         serve__listen=listen,
         serve__port=port,
@@ -64,12 +69,7 @@ def serve(
         serve__certificate_key=certificate_key,
         serve__models=model or None,
         serve__parallel=parallel,
-        text__mode=mode,
         text__max_tokens=max_tokens,
-        broker=broker,
-        interfaces=interface or None,
-        tls__folder=tls,
-        tls__insecure_lan=insecure_lan,
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -53,9 +53,27 @@ SettingsFile = Annotated[
 ]
 
 
-def load_settings(file: Path | None, **flags: Any) -> settings.DeviceSettings:
+def load_settings(
+    file: Path | None,
+    mode: Mode | None,
+    broker: str | None,
+    interface: list[str] | None,
+    tls: str | None,
+    insecure_lan: bool | None,
+    **flags: Any,
+) -> settings.DeviceSettings:
     """The device's, with the flags that were given. Raises SettingsError."""
-    return settings.load("device", settings.DeviceSettings, file, **flags)
+    return settings.load(
+        "device",
+        settings.DeviceSettings,
+        file,
+        text__mode=mode,
+        broker=broker,
+        interfaces=interface or None,
+        tls__folder=tls,
+        tls__insecure_lan=insecure_lan,
+        **flags,
+    )
 
 
 @contextmanager

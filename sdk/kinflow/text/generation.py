@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from kinflow.awaited import Answered
 from kinflow.confidence import read
 from kinflow.errors import InputError, LinkError
-from kinflow.link import Answered
 from kinflow.messages import Tier, Verdict
 from kinflow.policy import NoRoute, Route
 from kinflow.text.codec import FeatureCodec

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kinflow import topics
+from kinflow.awaited import Answered
 from kinflow.errors import LinkError, LinkLost, LinkTimeout, ServerFailed, SessionLost
-from kinflow.link import Answered
 from kinflow.messages import Verdict, Verify
 from kinflow.policy import NoRoute, Rate, Route
 from kinflow.text.family import TextFamily

@@ -21,7 +21,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Library
 
         try:
-            self.library = Library.from_str(tokenizer.decode())
+            self.inner = Library.from_str(tokenizer.decode())
             # Sandboxed: a bundle's template is a stranger's program.
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
             self._template = environment.from_string(chat_template.decode())
@@ -37,10 +37,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as exc:
             raise InputError(f"the text cannot be written as UTF-8: {exc}") from exc
-        return list(self.library.encode(text, add_special_tokens=False).ids)
+        return list(self.inner.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.library.decode(list(tokens), skip_special_tokens=True))
+        return str(self.inner.decode(list(tokens), skip_special_tokens=True))
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a conversation that the model is to continue. Raises InputError for a malformed one."""
@@ -66,9 +66,9 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self._library = tokenizer.library
+        self._inner = tokenizer.inner
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
         """What can be shown now; empty while a character is not whole."""
-        return self._stream.step(self._library, token) or ""
+        return self._stream.step(self._inner, token) or ""
