@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kinflow import manifest
-from kinflow.codec import BLOCK_SYMBOLS, TABLE_BITS, UniformCodec, table_from_counts
+from kinflow.codec import BLOCK_SYMBOLS, TABLE_BITS, UniformCodec, context_rows, pack_table, table_from_counts
 from kinflow.errors import CodecError
+from kinflow.manifest import Context
 
 TOTAL = 1 << TABLE_BITS
 Shape = tuple[int, int, int]
-Context = Literal["channel", "position"]
 
 
 def spec(
@@ -33,7 +34,7 @@ def spec(
 
 
 def table(counts: npt.NDArray[np.int64]) -> bytes:
-    return table_from_counts(counts).astype("<u2").tobytes()
+    return pack_table(table_from_counts(counts))
 
 
 def make(shape: Shape, bits: Literal[4, 8] = 8, counts: npt.NDArray[np.int64] | None = None) -> UniformCodec:
@@ -59,7 +60,7 @@ def codecs(draw: Callable[[Any], Any]) -> UniformCodec:
     shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 13), st.integers(1, 13)))
     bits = draw(st.sampled_from([4, 8]))
     context: Context = draw(st.sampled_from(["channel", "position"]))
-    size = (shape[0], 256) if context == "channel" else (math.prod(shape), 1 << bits)
+    size = (context_rows(shape, bits, context), 256)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     skew = draw(st.sampled_from([0, 1, 20]))
     counts = (rng.random(size) ** skew * 1000).astype(np.int64)
@@ -249,9 +250,13 @@ HOLE[1, :2] = (0, 128)
     [
         ([1.0], [0, 0], FLAT, "step and zero need 2 entries, have 1 and 2"),
         ([1.0, 1.0], [0, 0, 0], FLAT, "step and zero need 2 entries, have 2 and 3"),
-        ([1.0, 1.0], [0, 0], FLAT[:-1], "needs 1024 bytes, has 1023"),
-        ([1.0, 1.0], [0, 0], SHORT_ROW.tobytes(), "positive and sum to 16384"),
-        ([1.0, 1.0], [0, 0], HOLE.tobytes(), "positive and sum to 16384"),
+        ([1.0, 1.0], [0, 0], table(np.ones((1, 256), np.int64)), "needs 2 rows of 256, 1024 bytes"),
+        ([1.0, 1.0], [0, 0], zlib.compress(bytes(10**8)), "needs 2 rows of 256, 1024 bytes"),
+        ([1.0, 1.0], [0, 0], FLAT[:-1], "needs 2 rows of 256, 1024 bytes"),
+        ([1.0, 1.0], [0, 0], FLAT + b"x", "needs 2 rows of 256, 1024 bytes"),
+        ([1.0, 1.0], [0, 0], bytes(1024), "not zlib's"),
+        ([1.0, 1.0], [0, 0], pack_table(SHORT_ROW), "positive and sum to 16384"),
+        ([1.0, 1.0], [0, 0], pack_table(HOLE), "positive and sum to 16384"),
         ([1.0, 1e-50], [0, 0], FLAT, "256 of it finite"),
         ([1.0, 1e39], [0, 0], FLAT, "256 of it finite"),
     ],

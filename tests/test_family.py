@@ -10,6 +10,7 @@ import shutil
 import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,7 @@ def test_a_manifest_that_does_not_hold_together(copy: Path, change: Callable[[Do
 
 def test_a_table_that_cannot_be_coded_with_is_refused(copy: Path) -> None:
     """A table is checked by its meaning, not by its digest alone."""
-    table = bytes(1024)
+    table = zlib.compress(bytes(1024))
     name = json.loads((copy / MANIFEST).read_text())["splits"]["s1"]["codecs"]["q8"]["table"]["path"]
     (copy / name).write_bytes(table)
     edit(copy, put(*CODEC, "table", "sha256", value=hashlib.sha256(table).hexdigest()))

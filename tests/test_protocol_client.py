@@ -16,7 +16,7 @@ import paho.mqtt.client as mqtt
 import pytest
 
 from kinflow import frame, messages
-from kinflow.codec import UniformCodec
+from kinflow.codec import UniformCodec, pack_table
 from kinflow.discovery import TTL_S
 from kinflow.family import Family
 from kinflow.fleet import Fleet, ServerProcess
@@ -99,14 +99,14 @@ def test_worked_example_is_what_the_page_and_the_library_code(page: dict[str, An
     spec = {"bits": 4, "step": [0.5, 2.0], "zero": [8, 8]}
     features = np.array([[[0, 0.1, -0.6]], [[3, 100, -1]]], np.float32)
     decoded = [[[0, 0, -0.5]], [[4, 14, 0]]]
-    table = frequencies.tobytes()
+    table = pack_table(frequencies)
     assert page["encode"](features, spec, table) == expected
     assert page["decode"](expected, spec, table, features.shape).tolist() == decoded
     library = UniformCodec(
         "example",
         (2, 1, 3),
         4,
-        True,
+        2,
         np.array(spec["step"], np.float32).reshape(-1, 1, 1),
         np.array(spec["zero"], np.int32).reshape(-1, 1, 1),
         frequencies.astype(np.uint16),

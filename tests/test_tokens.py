@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kinflow import manifest
-from kinflow.codec import table_from_counts
+from kinflow.codec import pack_table, table_from_counts
 from kinflow.errors import CodecError
 from kinflow.tokens import MAX_TOKENS, TokenMergeCodec, cluster
 
@@ -23,7 +23,7 @@ Shape = tuple[int, int, int]
 
 
 def spec(channels: int, clusters: int, neighbours: int = 3, bits: Literal[4, 8] = 4) -> tuple[manifest.Codec, bytes]:
-    table = table_from_counts(np.ones((channels, 256), np.int64)).astype("<u2").tobytes()
+    table = pack_table(table_from_counts(np.ones((channels, 256), np.int64)))
     file = manifest.File("t", "0" * 64, len(table))
     merge = manifest.Merge(clusters, neighbours)
     zero = [1 << (bits - 1)] * channels

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kinflow import manifest
 from kinflow.bundle import MANIFEST
-from kinflow.codec import table_from_counts
+from kinflow.codec import pack_table, table_from_counts
 
 CLASSES = 10
 CODEC = "q8"
@@ -43,7 +43,7 @@ def write(folder: Path, shape: Shape) -> Path:
     """Write the bundle into `folder` and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = np.ones((shape.channels, 256), np.int64)
-    flat = table_from_counts(counts).astype("<u2").tobytes()
+    flat = pack_table(table_from_counts(counts))
     table = _write(folder, "s1.q8.tab", flat) if shape.coded else None
     features = [shape.channels, shape.side, shape.side]
     image = [1, shape.side, shape.side]

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from kinflow import idx, topics
+from kinflow import frame, idx, topics
 from kinflow.codec import Features
 from kinflow.errors import LinkError
 from kinflow.family import Family
 from kinflow.fleet import Fleet
-from kinflow.link import Link
-from kinflow.messages import Request
-from kinflow.mqtt import BrokerAddress
+from kinflow.messages import Busy, Failure, Reply, Request
+from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.preprocess import Preprocessor
 from kinflow_bench.timing import spread
 
@@ -27,6 +26,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 BARE_S = 0.4
 LOAD_S = 2.0
 IN_FLIGHT = 64
+PATIENCE_S = 10.0
 SAMPLES = "samples/images-idx3-ubyte.gz"
 
 
@@ -52,10 +52,7 @@ def run(bundle: Path, rounds: int, batch_size: int, batch_wait_ms: float, broker
         unlimited = Path(folder) / "cloud.toml"
         unlimited.write_text("requests_per_s_per_device = 1e6\n")
         server = fleet.start("cloud", "--no-advertise", "--settings", str(unlimited), *options)
-        with Link(BrokerAddress.parse(server.broker), f"bench-{os.getpid()}") as link:
-            if not link.wait_connected(10.0):
-                raise LinkError(f"no connection to {server.broker}")
-            load = _Load(family, split, features, link)
+        with _Load(family, split, features, server.broker) as load:
             load.run(LOAD_S / 2)
             for _ in range(rounds):
                 for batch in BATCHES:
@@ -105,56 +102,77 @@ def _bare(family: Family, split: str, features: Features, batch: int) -> float:
 
 
 class _Load:
-    """Keeps IN_FLIGHT requests under way."""
+    """Keeps IN_FLIGHT requests under way.
 
-    def __init__(self, family: Family, split: str, features: Features, link: Link) -> None:
+    It shares the cores with the server, so it is as light as a client can be: the connection's thread sends the next
+    request when it has read a reply, and there are no futures and no timers.
+    """
+
+    def __init__(self, family: Family, split: str, features: Features, broker: str) -> None:
         codec = family.codec(split)
         self._payloads = [codec.encode(item) for item in features]
         self._family = family
         self._split = split
         self._codec = codec.name
-        self._topic = topics.request("cloud", family.id, split, link.client)
-        self._link = link
+        self._client = f"bench-{os.getpid()}"
+        self._topic = topics.request("cloud", family.id, split, self._client)
+        self._connection = Connection(
+            BrokerAddress.parse(broker),
+            self._client,
+            on_message=self._received,
+            subscriptions=[topics.reply(self._client)],
+        )
+        self._asked: set[bytes] = set()
+        self._until_s = 0.0
+        self._over = threading.Event()
+        self.answered = 0
         self.refused = 0
 
+    def __enter__(self) -> _Load:
+        self._connection.start()
+        if not self._connection.wait_connected(10.0):
+            raise LinkError(f"no connection to {self._connection.address}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
     def run(self, seconds: float) -> float:
-        """Answered requests per second.
-
-        Each reply's thread sends the next request: the generator shares the cores with the server, so it does
-        not hand replies from thread to thread.
-        """
-        answered = 0
-        left = IN_FLIGHT
-        over = threading.Event()
-        until = time.perf_counter() + seconds
-
-        def ask_next() -> None:
-            request = Request(
-                id=os.urandom(16),
-                client=self._link.client,
-                family=self._family.id,
-                version=self._family.version,
-                split=self._split,
-                codec=self._codec,
-                deadline_ms=5000.0,
-            )
-            payload = self._payloads[request.id[0] % len(self._payloads)]
-            self._link.request(self._topic, request, payload).add_done_callback(finished)
-
-        def finished(future: Any) -> None:
-            nonlocal answered, left
-            if time.perf_counter() >= until:
-                left -= 1
-                if left == 0:
-                    over.set()
-                return
-            if future.exception() is None:
-                answered += 1
-            else:
-                self.refused += 1
-            ask_next()
-
+        """Answered requests per second."""
+        self.answered = 0
+        self._over.clear()
+        self._until_s = time.perf_counter() + seconds
         for _ in range(IN_FLIGHT):
-            ask_next()
-        over.wait()
-        return answered / seconds
+            self._ask()
+        if not self._over.wait(seconds + PATIENCE_S):
+            raise LinkError(f"{len(self._asked)} requests were never answered")
+        return self.answered / seconds
+
+    def _ask(self) -> None:
+        request = Request(
+            id=os.urandom(16),
+            client=self._client,
+            family=self._family.id,
+            version=self._family.version,
+            split=self._split,
+            codec=self._codec,
+            deadline_ms=5000.0,
+        )
+        self._asked.add(request.id)
+        payload = self._payloads[request.id[0] % len(self._payloads)]
+        self._connection.publish(self._topic, *frame.parts(request, payload))
+
+    def _received(self, _: str, data: frame.Buffer) -> None:
+        message = frame.unpack(data).message
+        if not isinstance(message, Reply | Busy | Failure) or message.id not in self._asked:
+            return
+        self._asked.remove(message.id)
+        over = time.perf_counter() >= self._until_s
+        if not isinstance(message, Reply):
+            self.refused += 1
+        elif not over:
+            self.answered += 1
+        if not over:
+            self._ask()
+        elif not self._asked:
+            self._over.set()

@@ -10,12 +10,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kinflow.codec import SYMBOLS, UniformCodec, table_from_counts
-from kinflow.manifest import Codec, File, Merge
+from kinflow.codec import SYMBOLS, UniformCodec, context_rows, pack_table, table_from_counts
+from kinflow.manifest import Codec, Context, File, Merge
 from kinflow.tokens import FeatureCodec, TokenMergeCodec
 
 Array = npt.NDArray[np.float32]
-Context = Literal["channel", "position"]
 Kind = TypeVar("Kind", bound=FeatureCodec, covariant=True)
 
 
@@ -37,7 +36,7 @@ def fit(
     """
     channels, height, width = features.shape[1:]
     shape = (channels, height, width)
-    rows, symbols = (channels * height * width, 1 << bits) if context == "position" else (channels, SYMBOLS)
+    rows = context_rows(shape, bits, context)
 
     def codec(table: bytes, bytes_mean: float) -> tuple[Codec, UniformCodec]:
         file = File(f"{name}.table", hashlib.sha256(table).hexdigest(), len(table))
@@ -45,10 +44,10 @@ def fit(
         return spec, UniformCodec.from_spec(name, shape, spec, table)
 
     # Any valid table will do for quantising; the right one comes from the levels that this gives.
-    _, draft = codec(_as_bytes(table_from_counts(np.ones((rows, symbols), np.int64))), 1.0)
+    _, draft = codec(pack_table(table_from_counts(np.ones((rows, SYMBOLS), np.int64))), 1.0)
     coded = draft.to_symbols(draft.quantise(features))
-    counts = np.stack([np.bincount(coded[:, row].ravel(), minlength=symbols) for row in range(rows)])
-    table = _as_bytes(table_from_counts(counts.astype(np.int64)))
+    counts = np.stack([np.bincount(coded[:, row].ravel(), minlength=SYMBOLS) for row in range(rows)])
+    table = pack_table(table_from_counts(counts.astype(np.int64)))
     _, fitted = codec(table, 1.0)
     size = float(np.mean([len(fitted.encode(item)) for item in measured]))
     return FittedCodec(codec(table, round(size, 2))[0], table, fitted)
@@ -75,7 +74,3 @@ def fit_merging(
     _, fitted = codec(means, 1.0)
     size = float(np.mean([len(fitted.encode(item)) for item in measured]))
     return FittedCodec(codec(means, round(size, 2))[0], means.table, fitted)
-
-
-def _as_bytes(table: npt.NDArray[np.uint16]) -> bytes:
-    return table.astype("<u2").tobytes()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from kinflow.errors import SettingsError
-from kinflow.manifest import Positive, PositiveFloat, Preprocess, Share
+from kinflow.manifest import Context, Positive, PositiveFloat, Preprocess, Share
 from kinflow.messages import Name
 
 RECIPE = "recipe.toml"
@@ -153,7 +153,7 @@ class Coding(_Strict, frozen=True):
 
     bytes_target: PositiveFloat
     """Training presses the entropy of `<split>-q4` per item below this."""
-    context: Literal["channel", "position"] = "channel"
+    context: Context = "channel"
     """What shares statistics: a channel's values, or none, for images that all have the same layout."""
     coarser: list[Annotated[float, msgspec.Meta(gt=1, le=COARSEST)]] = []
     """Steps of further codecs `<split>-q4x…`, in steps of `<split>-q4`: fewer bytes for a slow link."""

@@ -3,10 +3,11 @@
 Kind `uniform-rans` does both. Kind `uniform` sends the levels as they are: for large features on a fast link,
 where coding would take longer than sending.
 
-A value becomes a level, `clip(round(x / step) + zero)`, of 8 or 4 bits. Symbols are coded by rANS (Duda, arXiv
-1311.2540) with fixed tables. In the context `channel` all positions of a channel share its table, and two
-neighbouring 4-bit levels make one symbol, so that their correlation is coded too; in the context `position` every
-value has a table of its own, which pays where all images have the same layout.
+A value becomes a level, `clip(round(x / step) + zero)`, of 8 or 4 bits. Two neighbouring 4-bit levels make one
+symbol, so that their correlation is coded too, and a decoder has half the steps. Symbols are coded by rANS (Duda,
+arXiv 1311.2540) with fixed tables. In the context `channel` all positions of a channel share its table, and pairs
+stay within a channel; in the context `position` every symbol has a table of its own, which pays where all images
+have the same layout.
 
 The coder's state is one Python integer per block, never renormalised: no
 state is flushed, so the coded size is the ideal one to within a byte and a length per block. Everything from
@@ -17,6 +18,7 @@ float32 product, so all machines decode the same features.
 from __future__ import annotations
 
 import math
+import zlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +28,7 @@ import numpy.typing as npt
 
 from kinflow.errors import CodecError
 from kinflow.manifest import Codec as CodecSpec
+from kinflow.manifest import Context
 
 TABLE_BITS = 14
 SYMBOLS = 256
@@ -42,15 +45,15 @@ class UniformCodec:
     """Codes features of `shape` [channels, height, width].
 
     `step` and `zero` have one entry per channel. `frequencies` is uint16 [rows, symbols], each row summing to 2**14:
-    [channels, 256], or [channels * height * width, 2**bits] where each position is a context; with no rows the
-    levels are sent as they are. Made by `UniformCodec.from_spec`, which checks all of it.
+    [channels, 256], or [symbols of an item, 256] where each position is a context; with no rows the levels are sent as
+    they are. Made by `UniformCodec.from_spec`, which checks all of it.
     """
 
     name: str
     shape: tuple[int, int, int]
     bits: int
-    paired: bool
-    """Two neighbouring 4-bit levels of a channel make one symbol."""
+    lines: int
+    """Levels are paired within each of so many equal parts of an item: its channels, or all of it."""
     step: Features
     zero: Features
     """A level, so whole; float32, like all that it is taken from."""
@@ -66,16 +69,16 @@ class UniformCodec:
             )
         if (table is not None) != (spec.kind == "uniform-rans"):
             raise CodecError(f"codec {name!r}: kind uniform-rans has a table, kind uniform has none")
-        by_position = spec.context == "position"
-        rows, symbols = (math.prod(shape), 1 << spec.bits) if by_position else (channels, SYMBOLS)
-        frequencies = np.empty((0, symbols), np.uint16) if table is None else _frequencies(name, rows, symbols, table)
+        lines = _lines(shape, spec.context)
+        rows = context_rows(shape, spec.bits, spec.context)
+        frequencies = np.empty((0, SYMBOLS), np.uint16) if table is None else _frequencies(name, rows, table)
         with np.errstate(over="ignore"):
             step = np.asarray(spec.step, np.float32).reshape(-1, 1, 1)
             largest = step * np.float32(SYMBOLS)
         if not (np.isfinite(largest).all() and (step > 0).all()):
             raise CodecError(f"codec {name!r}: each step must be positive, and {SYMBOLS} of it finite, as float32")
         zero = np.asarray(spec.zero, np.float32).reshape(-1, 1, 1)
-        return cls(name, shape, spec.bits, spec.bits == 4 and not by_position, step, zero, frequencies)
+        return cls(name, shape, spec.bits, lines, step, zero, frequencies)
 
     def quantise(self, features: Features) -> npt.NDArray[np.uint8]:
         """Levels, uint8, in the shape of the features."""
@@ -119,26 +122,21 @@ class UniformCodec:
 
     @cached_property
     def symbols_per_item(self) -> int:
-        return self.shape[0] * self._symbols_per_channel
-
-    @property
-    def _symbols_per_channel(self) -> int:
-        values = math.prod(self.shape[1:])
-        return (values + 1) // 2 if self.paired else values
+        return self.lines * _symbols_of_line(self.shape, self.bits, self.lines)
 
     def to_symbols(self, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """What is coded, [n, rows, symbols of a row], from the levels of n items [n, channels, height, width]."""
-        rows = levels.reshape(len(levels), self.shape[0], -1)
-        if self.paired:
-            # A channel's last level without a neighbour is paired with level 0: pairs never span two channels.
-            rows = np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2)))
-            rows = np.asarray(rows[..., 0::2] << 4 | rows[..., 1::2], np.uint8)
-        return rows.reshape(len(levels), len(self.frequencies) or self.shape[0], -1)
+        symbols = levels.reshape(len(levels), self.lines, -1)
+        if self.bits == 4:
+            # A line's last level without a neighbour is paired with level 0: pairs never span two lines.
+            symbols = np.pad(symbols, ((0, 0), (0, 0), (0, symbols.shape[2] % 2)))
+            symbols = np.asarray(symbols[..., 0::2] << 4 | symbols[..., 1::2], np.uint8)
+        return symbols.reshape(len(levels), len(self.frequencies) or self.lines, -1)
 
     def _to_levels(self, symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        values = math.prod(self.shape[1:])
-        levels = np.stack((symbols >> 4, symbols & 15), axis=1) if self.paired else symbols
-        return np.asarray(levels, np.uint8).reshape(self.shape[0], -1)[:, :values].reshape(self.shape)
+        levels = np.stack((symbols >> 4, symbols & 15), axis=1) if self.bits == 4 else symbols
+        values = math.prod(self.shape) // self.lines
+        return np.asarray(levels, np.uint8).reshape(self.lines, -1)[:, :values].reshape(self.shape)
 
     @cached_property
     def _cumulative(self) -> npt.NDArray[np.int64]:
@@ -169,10 +167,33 @@ def _row(frequencies: list[int], starts: list[int]) -> _Row:
     return starts[symbol], starts[symbol] + frequency, frequency, symbol, frequencies, starts
 
 
-def _frequencies(name: str, rows: int, symbols: int, table: bytes) -> npt.NDArray[np.uint16]:
-    if len(table) != rows * symbols * 2:
-        raise CodecError(f"codec {name!r}: its table needs {rows * symbols * 2} bytes, has {len(table)}")
-    frequencies = np.frombuffer(table, "<u2").astype(np.uint16).reshape(rows, symbols)
+def context_rows(shape: tuple[int, int, int], bits: int, context: Context) -> int:
+    """How many rows the table of such a codec has."""
+    lines = _lines(shape, context)
+    return lines * _symbols_of_line(shape, bits, lines) if context == "position" else lines
+
+
+def _lines(shape: tuple[int, int, int], context: Context) -> int:
+    return 1 if context == "position" else shape[0]
+
+
+def _symbols_of_line(shape: tuple[int, int, int], bits: int, lines: int) -> int:
+    values = math.prod(shape) // lines
+    return (values + 1) // 2 if bits == 4 else values
+
+
+def _frequencies(name: str, rows: int, table: bytes) -> npt.NDArray[np.uint16]:
+    size = rows * SYMBOLS * 2
+    unpacker = zlib.decompressobj()
+    try:
+        raw = unpacker.decompress(table, size + 1)
+    except zlib.error as exc:
+        raise CodecError(f"codec {name!r}: its table is not zlib's: {exc}") from exc
+    if len(raw) != size or not unpacker.eof or unpacker.unused_data:
+        raise CodecError(
+            f"codec {name!r}: its table needs {rows} rows of {SYMBOLS}, {size} bytes, holds other than that"
+        )
+    frequencies = np.frombuffer(raw, "<u2").astype(np.uint16).reshape(rows, SYMBOLS)
     if (frequencies.sum(axis=1, dtype=np.int64) != _TOTAL).any() or (frequencies == 0).any():
         raise CodecError(f"codec {name!r}: each table row must be positive and sum to {_TOTAL}")
     return frequencies
@@ -190,6 +211,11 @@ def table_from_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
     rows = np.arange(len(frequencies))
     frequencies[rows, counts.argmax(axis=1)] += _TOTAL - frequencies.sum(axis=1)
     return np.asarray(frequencies, np.uint16)
+
+
+def pack_table(frequencies: npt.NDArray[np.uint16]) -> bytes:
+    """As it stands in a bundle: most of its entries are alike, so zlib makes a tenth of it."""
+    return zlib.compress(frequencies.astype("<u2").tobytes(), 9)
 
 
 def _encode_blocks(frequencies: list[int], starts: list[int]) -> bytes:

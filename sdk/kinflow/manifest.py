@@ -74,6 +74,9 @@ class Merge(_Strict, frozen=True):
     """Nearest tokens that a token's density is taken from."""
 
 
+Context = Literal["channel", "position"]
+
+
 class Codec(_Strict, frozen=True):
     """Features <-> bytes at one split (codec.py, tokens.py). `kind` decides what the other fields mean."""
 
@@ -84,11 +87,14 @@ class Codec(_Strict, frozen=True):
     zero: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=255)]], msgspec.Meta(min_length=1)]
     """The level that stands for 0.0, per channel."""
     table: File | None
-    """For `uniform-rans` and `token-merge`: uint16 little-endian frequencies, a row per context; each sums to 2**14."""
+    """For `uniform-rans` and `token-merge`: uint16 little-endian frequencies under zlib.
+
+    A row per context, each sums to 2**14.
+    """
     bytes_mean: Annotated[float, msgspec.Meta(gt=0)]
     """Mean coded size on the calibration images."""
-    context: Literal["channel", "position"] = "channel"
-    """Which values share a row of the table: a channel's, [channels, 256], or none, [values, 2**bits]."""
+    context: Context = "channel"
+    """Which symbols share a row of the table: a channel's, [channels, 256], or none, [symbols, 256]."""
     merge: Merge | None = None
     """For `token-merge` alone."""
 

@@ -16,7 +16,7 @@ from text_manifest import TEXT_MANIFEST
 from kinflow import frame, packet
 from kinflow.address import BrokerAddress
 from kinflow.advert import read_advert
-from kinflow.codec import UniformCodec, table_from_counts
+from kinflow.codec import UniformCodec, pack_table, table_from_counts
 from kinflow.errors import (
     BundleError,
     CodecError,
@@ -38,7 +38,7 @@ from kinflow_edge.text.model import ServedText
 
 SHAPE = (2, 3, 5)
 COUNTS = np.random.default_rng(4).integers(0, 50, (SHAPE[0], 256)) ** 3
-TABLE = table_from_counts(COUNTS).astype("<u2").tobytes()
+TABLE = pack_table(table_from_counts(COUNTS))
 MERGE = Merge(clusters=6, neighbours=2)
 
 
