@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from kinflow.backends.onnx import EXACT_INT8
 from kinflow.errors import BackendError
 from kinflow_builder.export_int8 import quantise_onnx
 from kinflow_builder.log import hushed
@@ -123,6 +124,7 @@ def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.add_session_config_entry(*EXACT_INT8)
     return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
 
