@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,28 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
 # An emulated processor (devices/tests) is some fifty times slower.
 hypothesis.settings.register_profile("board", deadline=None, derandomize=True, database=None, max_examples=5)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kinflow"))
+
+CLONE_NEWNET = 0x40000000
+IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker for each core where each can have a network of its own, else none.
+
+    On a network that they share, the devices of one test find the servers of another.
+    """
+    can_unshare = os.geteuid() == 0 and IP is not None
+    if can_unshare:
+        can_unshare = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode == 0
+    return len(os.sched_getaffinity(0)) if can_unshare else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        assert IP is not None
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "no network namespace for this worker")
+        subprocess.run([IP, "link", "set", "lo", "up"], check=True)
 
 
 @pytest.fixture(scope="session")
