@@ -18,8 +18,10 @@ families/smollm2/bundle:
 	@$(MAKE) --no-print-directory setup-builder
 	@$(BIN)/kinflow build families/smollm2
 
+# As root a worker for each core, each on a network of its own; else one after the other. In the files' order: the
+# longest come first.
 test: setup-dev setup-builder
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Emulated boards (docs/boards.md): root, Debian or Ubuntu.
 test-devices: setup-dev
