@@ -127,4 +127,5 @@ def _fit(
         encode_ms = 1e3 * median_s(partial(fitted.codec.encode, measured[0]))
         log.line(f"{fitted.codec.name}: {fitted.spec.bytes_mean:.1f} bytes per item, encoded in {encode_ms:.2f} ms")
     specs = {fitted.codec.name: fitted.spec for fitted in every}
-    return spec.Split(list(fitting.shape[1:]), specs, f"{split}-q4"), made[0].codec
+    default = made[[1.0, *coding.coarser].index(coding.default)].codec
+    return spec.Split(list(fitting.shape[1:]), specs, default.name), default

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -11,12 +11,14 @@ import torch
 
 from kinflow import idx
 from kinflow.errors import SettingsError
+from kinflow.manifest import Manifest
 from kinflow_builder import bundle, card, figures, measure
 from kinflow_builder.align import aligned
 from kinflow_builder.assemble import assemble
 from kinflow_builder.exits import calibrated_exits, describe
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
+from kinflow_builder.precision import settled
 from kinflow_builder.recipe import IdxData, Recipe
 from kinflow_builder.stitch_recipe import AnyRecipe
 from kinflow_builder.trunk import Trunk
@@ -52,20 +54,30 @@ def build_family(build: Build, *, fresh: bool) -> figures.Figures:
     torch.set_num_threads(recipe.training.threads)
     torch.manual_seed(recipe.training.seed)
     trunk = aligned(build, fresh=fresh)
+    if isinstance(recipe, Recipe):
+        recipe = settled(recipe, trunk, images.train, images.held_out, log)
+        build = replace(build, recipe=recipe)
     with bundle.staged(build.out) as stage:
         manifest = assemble(stage, recipe, trunk, _some(images.train, recipe), _some(images.held_out, recipe), log)
-        family = bundle.write_manifest(stage, manifest)
-        runs = measure.run_coded(family, images.held_out.batches(recipe.preprocess))
-        exits = calibrated_exits(manifest.exits, runs, images.held_out.truth, recipe.exits, images.held_out.sha256())
-        for name, exit in exits.items():
-            log.line(f"exit {name}: {describe(exit)}")
-        family = bundle.write_manifest(stage, msgspec.structs.replace(manifest, exits=exits))
-        found = figures.measure_all(family, images.test, log)
-        exits = {name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()}
-        manifest = msgspec.structs.replace(manifest, exits=exits)
-        card.write(stage, manifest, recipe, found)
-        bundle.write_manifest(stage, manifest)
+        found = certify_and_measure(stage, manifest, build)
     log.line(f"bundle: {bundle.size_bytes(build.out)} bytes")
+    return found
+
+
+def certify_and_measure(stage: Path, manifest: Manifest, build: Build) -> figures.Figures:
+    """All that follows graphs and codecs: `stage` holds what `manifest` names and gets exits, figures and the card."""
+    recipe, log, images = build.recipe, build.log, build.images
+    family = bundle.write_manifest(stage, manifest)
+    runs = measure.run_coded(family, images.held_out.batches(recipe.preprocess))
+    exits = calibrated_exits(manifest.exits, runs, images.held_out.truth, recipe.exits, images.held_out.sha256())
+    for name, exit in exits.items():
+        log.line(f"exit {name}: {describe(exit)}")
+    family = bundle.write_manifest(stage, msgspec.structs.replace(manifest, exits=exits))
+    found = figures.measure_all(family, images.test, log)
+    exits = {name: msgspec.structs.replace(exit, accuracy=found.coded[name]) for name, exit in exits.items()}
+    manifest = msgspec.structs.replace(manifest, exits=exits)
+    card.write(stage, manifest, recipe, found)
+    bundle.write_manifest(stage, manifest)
     return found
 
 

@@ -21,6 +21,8 @@ BATCH = 50
 RIDGE = 1e-2
 # How much of the model's cost an additional point of the final accuracy may take, at the first and the later cuts.
 COST_WEIGHTS = (1.0, 0.5)
+# Where a model is not trained, its features tell nothing yet: so much of its cost lies before each cut.
+EVEN_SHARES = (1 / 3, 2 / 3)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,16 @@ def choose_splits(found: Sequence[Candidate]) -> list[Candidate]:
         if left:
             worth = [(c.accuracy / max(best, 1e-9) - weight * c.cost_share, -np.prod(c.shape)) for c in left]
             chosen.append(left[max(range(len(left)), key=worth.__getitem__)])
+    return chosen
+
+
+def even_splits(found: Sequence[Candidate]) -> list[Candidate]:
+    """Two cuts, or one where there is no room for two, by cost alone. Of equals, the one with fewer values."""
+    chosen: list[Candidate] = []
+    for share in EVEN_SHARES:
+        left = [c for c in found if not chosen or (c.index > chosen[-1].index and c.cost_share > chosen[-1].cost_share)]
+        if left:
+            chosen.append(min(left, key=lambda c: (abs(c.cost_share - share), np.prod(c.shape))))
     return chosen
 
 

@@ -82,9 +82,10 @@ def build(
     if images is None or out is None:
         raise SettingsError("--model needs --images, a folder of pictures, and --out, the bundle's folder")
     work = out.with_name(f"{out.name}.work")
-    if fresh or not (work / RECIPE).is_file():
+    new = fresh or not (work / RECIPE).is_file()
+    if new:
         _write_recipe(work, model, images, out.name, splits, size, minutes, seed, threads)
-    _from_recipe(work, images, out, epochs, fresh=fresh, model=_absolute(model))
+    _from_recipe(work, images, out, epochs, fresh=fresh, model=_absolute(model), checked=new)
 
 
 def _text_family(path: Path, data: Path | None, out: Path | None, *, train: bool, fresh: bool) -> None:
@@ -100,8 +101,16 @@ def _text_family(path: Path, data: Path | None, out: Path | None, *, train: bool
 
 
 def _from_recipe(
-    path: Path, images: Path | None, out: Path | None, epochs: int | None, *, fresh: bool, model: str = ""
+    path: Path,
+    images: Path | None,
+    out: Path | None,
+    epochs: int | None,
+    *,
+    fresh: bool,
+    model: str = "",
+    checked: bool = False,
 ) -> None:
+    """`checked`: that every picture can be read is known already."""
     chosen = load_recipe(path)
     folder = path.parent if path.suffix == ".toml" else path
     if model and isinstance(chosen, Recipe) and chosen.network.make != model:
@@ -113,10 +122,12 @@ def _from_recipe(
         chosen = msgspec.structs.replace(chosen, training=msgspec.structs.replace(chosen.training, epochs=epochs))
 
     from kinflow_builder import build as steps
-    from kinflow_builder import data
+    from kinflow_builder import data, readable
     from kinflow_builder.log import BuildLog
 
     found = data.load(chosen, folder, images)
+    if not checked:
+        readable.check(found)
     # What is made of a family lies in its folder; of another bundle, beside that.
     work = folder if out is None or model else out.with_name(f"{out.name}.work")
     work.mkdir(parents=True, exist_ok=True)
@@ -160,7 +171,8 @@ def _write_recipe(
     )
     made = propose(wishes, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     if not tflite:
-        console.print("no TFLite graph will be made: pip install 'kinflow[builder-tflite]' brings the converter")
+        missing = "no TFLite graph will be made: pip install 'kinflow[builder-tflite]' brings the converter"
+        console.print(missing, highlight=False, markup=False, soft_wrap=True)
     work.mkdir(parents=True, exist_ok=True)
     keys = {key: value for key, value in msgspec.to_builtins(made.recipe).items() if value is not None}
     (work / RECIPE).write_text(tomli_w.dumps(keys), encoding="utf-8")

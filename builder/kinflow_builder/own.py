@@ -20,10 +20,10 @@ from torch import nn
 
 from kinflow.errors import InputError, SettingsError
 from kinflow.manifest import Preprocess
-from kinflow_builder import folders
+from kinflow_builder import folders, readable
 from kinflow_builder.align import trunk_from
 from kinflow_builder.blocks import blocks_of
-from kinflow_builder.choose import Candidate, candidates, choose_splits
+from kinflow_builder.choose import Candidate, candidates, choose_splits, even_splits
 from kinflow_builder.exits import TEMPERATURE_SHARE
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.recipe import Branches, Coding, Exit, FolderData, Network, Recipe, Training
@@ -85,6 +85,7 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
     labels = images.train.classes
     parts = ", ".join(f"{name} {len(part)}" for name, part in zip(images._fields, images, strict=True))
     say(f"{wishes.images}: {len(labels)} classes, pictures: {parts}")
+    readable.check(images, wishes.threads)
 
     model = make_network(Path(), Network(wishes.make)).eval()
     spec = _size(model, wishes, images.train, len(labels))
@@ -97,7 +98,8 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
     sample = Inputs.read(_spread(images.train, PROBED), spec)
     blocks = blocks_of(model, sample.batch(slice(0, 1)))
     found = candidates(blocks, sample.batch(slice(None)), sample.labels.numpy(), len(labels))
-    after = wishes.splits or [candidate.name for candidate in choose_splits(found)]
+    chosen = choose_splits(found) if trained else even_splits(found)
+    after = wishes.splits or [candidate.name for candidate in chosen]
     for candidate in found:
         mark = " <- cut" if candidate.name in after else ""
         shape = "x".join(map(str, candidate.shape))
@@ -140,7 +142,7 @@ def _recipe(
         preprocess=spec,
         data=data,
         network=Network(wishes.make),
-        precision=dict.fromkeys(members[1:], "half"),
+        precision={members[0]: "auto", **dict.fromkeys(members[1:], "half")},
         branches=Branches(after, channels, teacher=trained),
         training=Training(
             epochs=MIN_EPOCHS,

@@ -16,8 +16,9 @@ RECIPE = "recipe.toml"
 # Of the trained step: the widest that training shows to the tails.
 COARSEST = 2.0
 
-# float; weights stored with 16, 8 or 6 bits and computed with as floats; or all of the arithmetic with 8 bits.
-Precision = Literal["float", "half", "weights8", "weights6", "int8"]
+# float; weights stored with 16, 8 or 6 bits and computed with as floats; all of the arithmetic with 8 bits; or that
+# where it costs no exit more than half a point (precision.py), else float.
+Precision = Literal["float", "half", "weights8", "weights6", "int8", "auto"]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -149,7 +150,7 @@ class Merging(_Strict, frozen=True):
 
 
 class Coding(_Strict, frozen=True):
-    """One split's codecs: `<split>-q4`, the default one, coarser ones, and `<split>-q8`, 16 times as fine."""
+    """One split's codecs: `<split>-q4`, coarser ones, and `<split>-q8`, 16 times as fine."""
 
     bytes_target: PositiveFloat
     """Training presses the entropy of `<split>-q4` per item below this."""
@@ -157,8 +158,14 @@ class Coding(_Strict, frozen=True):
     """What shares statistics: a channel's values, or none, for images that all have the same layout."""
     coarser: list[Annotated[float, msgspec.Meta(gt=1, le=COARSEST)]] = []
     """Steps of further codecs `<split>-q4x…`, in steps of `<split>-q4`: fewer bytes for a slow link."""
+    default: Annotated[float, msgspec.Meta(ge=1, le=COARSEST)] = 1.0
+    """Steps of the codec that is used unless settings name another: 1 for `<split>-q4`, or one of `coarser`."""
     merging: list[Merging] = []
     """Further codecs, for features of many tokens."""
+
+    def __post_init__(self) -> None:
+        if self.default != 1 and self.default not in self.coarser:
+            raise ValueError(f"default is {self.default:g}, expected 1 or one of coarser, {self.coarser}")
 
 
 class Exit(_Strict, frozen=True):

@@ -73,6 +73,11 @@ class StitchRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     coding: dict[Name, Coding]
     exits: dict[Name, Exit]
 
+    def __post_init__(self) -> None:
+        if "auto" in self.precision.values():
+            # Larger members learn from what the device's graph computes: it has to be decided before.
+            raise ValueError("precision is 'auto', a stitched family needs it named")
+
     def seen_digest(self) -> str:
         """What the members' saved hidden values and answers are bound to."""
         precision = self.precision.get(next(iter(self.stitch.members)))

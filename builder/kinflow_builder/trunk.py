@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,15 +90,25 @@ class Trunk(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, coarseness: torch.Tensor | None = None) -> Pass:
         """`coarseness`: float32 [n], each item's steps in trained ones; 0: its features pass as they are."""
+        return self._passed(self.segments[0](x), coarseness)
+
+    def continued(self, outputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Logits per exit, from what something else computed in the first segment's place."""
+        with torch.no_grad():
+            return self._passed(outputs, None).logits
+
+    def _passed(self, outputs: Sequence[torch.Tensor], coarseness: torch.Tensor | None) -> Pass:
+        """`outputs`: the first segment's."""
         logits: dict[str, torch.Tensor] = {}
         features: dict[str, torch.Tensor] = {}
-        sources = {None: x}
+        sources: dict[str, torch.Tensor] = {}
         for segment in self.segments:
-            outputs = dict(zip(segment.output_names, segment(sources[segment.source]), strict=True))
+            given = outputs if segment is self.segments[0] else segment(sources[segment.source])
+            named = dict(zip(segment.output_names, given, strict=True))
             if segment.exit is not None:
-                logits[segment.exit] = outputs["logits"]
+                logits[segment.exit] = named["logits"]
             if segment.split is not None:
-                kept = features[segment.split] = outputs["features"]
+                kept = features[segment.split] = named["features"]
                 sources[segment.split] = segment.bottleneck.quantise(kept, coarseness)
         return Pass(logits, features)
 
