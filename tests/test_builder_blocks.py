@@ -14,7 +14,7 @@ from torch import nn
 from kinflow.errors import SettingsError
 from kinflow_builder.blocks import blocks_of, last_of
 from kinflow_builder.branches import around, branch_for, trunk_of
-from kinflow_builder.choose import Candidate, candidates, choose_splits, probe
+from kinflow_builder.choose import Candidate, candidates, choose_splits, even_splits, probe
 
 pytestmark = pytest.mark.builder
 
@@ -220,3 +220,11 @@ def test_chosen_cuts_are_worth_their_cost() -> None:
     ]
     assert [candidate.name for candidate in choose_splits(found)] == ["c", "d"]
     assert [candidate.name for candidate in choose_splits(found[:1])] == ["a"]
+
+
+def test_an_untrained_model_is_cut_by_cost() -> None:
+    """At a third and two thirds of it, whatever a probe makes of random features."""
+    shares = (0.03, 0.20, 0.35, 0.52, 0.69, 0.83)
+    found = [Candidate(i, str(i), (24, 8, 8), share, 0.9 - 0.1 * i) for i, share in enumerate(shares)]
+    assert [candidate.name for candidate in even_splits(found)] == ["2", "4"]
+    assert [candidate.name for candidate in even_splits(found[:1])] == ["0"]

@@ -48,6 +48,8 @@ def tiny_recipe(folder: Path | None = None) -> Recipe:
         training=training,
         network=msgspec.structs.replace(recipe.network, options=options),
         tflite_segments=["device"] if HAS_CONVERTER else [],
+        # What training quantises with.
+        coding={"s1": msgspec.structs.replace(recipe.coding["s1"], default=1.0)},
         data=msgspec.structs.replace(recipe.data, samples=20),
     )
 

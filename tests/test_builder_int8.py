@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ onnx = pytest.importorskip("onnx", reason="pip install 'kinflow[builder]'")
 pytest.importorskip("onnxscript", reason="pip install 'kinflow[builder]'")
 
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 from kinflow.errors import BackendError, InputError
@@ -26,13 +28,17 @@ from kinflow_builder import wheels
 from kinflow_builder.crops import crops
 from kinflow_builder.export import export_onnx, mean_difference, runner, torch_outputs
 from kinflow_builder.folders import Pictures
+from kinflow_builder.log import BuildLog
+from kinflow_builder.precision import settled
 from kinflow_builder.quantiser import Bottleneck
-from kinflow_builder.recipe import Precision
-from kinflow_builder.trunk import Segment
+from kinflow_builder.recipe import Precision, Recipe
+from kinflow_builder.trunk import Segment, Trunk
 from kinflow_builder.weights import packed, quantise_weights
 from kinflow_builder.wheels import Weights
 
 pytestmark = pytest.mark.builder
+
+FASHION = Path(__file__).parents[1] / "families" / "fashion"
 
 
 class Head(nn.Module):  # type: ignore[misc]
@@ -77,6 +83,41 @@ def test_an_int8_graph_is_refused_when_it_is_wrong(segment: Segment, tmp_path: P
     """Ranges taken from inputs unlike the real ones cut everything off, which does not ship."""
     with pytest.raises(BackendError, match=r"segment.onnx differs from torch"):
         export_onnx(segment, tmp_path / "segment.onnx", inputs(8), "int8", inputs(8) * 1e-3)
+
+
+class Uneven(nn.Module):  # type: ignore[misc]
+    """One value a thousand times as large as the others, which carry the answer: 8 bits for both lose that."""
+
+    def __init__(self, large: float) -> None:
+        super().__init__()
+        self.spread, self.tell = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 3, 1, bias=False)
+        with torch.no_grad():
+            self.spread.weight.copy_(torch.eye(4, 3)[:, :, None, None])
+            self.spread.weight[3] = large
+            self.tell.weight.copy_(torch.eye(3, 4)[:, :, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tell(torch.relu(self.spread(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(("large", "decided"), [(1.0, "int8"), (1000.0, "float")])
+def test_8_bits_are_taken_where_they_cost_nothing(tmp_path: Path, large: float, decided: Precision) -> None:
+    """By what held-out pictures tell: a device's graph that loses its answers stays in floats."""
+    pixels = np.random.default_rng(0).integers(0, 40, (150, 16, 16, 3), np.uint8)
+    labels = np.arange(150) % 3
+    for image, label in zip(pixels, labels, strict=True):
+        image[..., label] += 8
+    parts = [Pictures(pixels[half], labels[half], ["a", "b", "c"]) for half in (slice(0, 60), slice(60, 150))]
+    bottleneck = Bottleneck(3, 2, 0.5)
+    device = Segment("device", nn.Identity(), split="s1", bottleneck=bottleneck, exit="device", branch=Uneven(large))
+    cloud = Segment("cloud", nn.Identity(), exit="cloud", branch=nn.Sequential(nn.Flatten(), nn.Linear(512, 3)))
+    recipe = Recipe.load(FASHION)
+    spec = Preprocess("RGB", 16, 16, [0.0] * 3, [1.0] * 3, "stretch")
+    recipe = msgspec.structs.replace(recipe, preprocess=spec, precision={"device": "auto", "cloud": "half"})
+    log = BuildLog(tmp_path / "log", Console(file=io.StringIO()))
+    found = settled(recipe, Trunk([device, cloud]).eval(), *parts, log)
+    assert found.precision == {"device": decided, "cloud": "half"}
+    assert f": {decided}, 0.5 points may be lost" in log.path.read_text()
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("weights8", 8), ("weights6", 6)])

@@ -29,6 +29,8 @@ def test_committed_recipe() -> None:
     assert (recipe.id, recipe.version, recipe.labels) == (manifest.id, manifest.version, manifest.labels)
     assert recipe.preprocess == manifest.preprocess
     assert recipe.members == {name: member.segments for name, member in manifest.members.items()}
+    (split,), (coding,) = manifest.splits.values(), recipe.coding.values()
+    assert split.default_codec == f"s1-q4x{coding.default:g}"
     promised = {name: (exit.epsilon, exit.delta) for name, exit in recipe.exits.items()}
     certified = {name: exit.certificate for name, exit in manifest.exits.items()}
     assert promised == {name: (made.epsilon, made.delta) for name, made in certified.items() if made is not None}
@@ -44,6 +46,7 @@ def test_committed_recipe() -> None:
         ("[exits.device]\nepsilon = ", "[exits.device]\nepsilon = 1", "$.exits"),
         ('make = "network.py:make"', 'make = "network"', "$.network.make"),
         ('license = "MIT"', "", "license"),
+        ("default = 1.2", "default = 1.3", "default is 1.3, expected 1 or one of coarser"),
         ("[members]", "[members", "recipe.toml"),
     ],
 )

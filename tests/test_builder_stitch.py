@@ -74,6 +74,12 @@ def trained(width, blocks, epochs, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     below, above = Narrow(width), Top(width, blocks)
+    # Every build calls this anew; training is once.
+    kept = Path(__file__).with_name(f"{{width}}.pt")
+    if kept.is_file():
+        for half, state in zip((below, above), torch.load(kept, weights_only=True), strict=True):
+            half.load_state_dict(state)
+        return Pretrained(below, above)
     images = torch.from_numpy(idx.read(SAMPLES / "images-idx3-ubyte.gz")).float()[:, None] / 255 - 0.5
     labels = torch.from_numpy(idx.read(SAMPLES / "labels-idx1-ubyte.gz", 1)).long()
     parameters = [*below.parameters(), *above.parameters()]
@@ -84,6 +90,7 @@ def trained(width, blocks, epochs, seed):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+    torch.save([below.state_dict(), above.state_dict()], kept)
     return Pretrained(below, above)
 
 
