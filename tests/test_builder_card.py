@@ -62,6 +62,8 @@ def test_card_and_pictures(family: Family, found: Figures, tmp_path: Path) -> No
         assert f"| {name} | {exit.temperature:.3f} | {exit.threshold:.3f} |" in text
     for link in latency.LINKS:
         assert f"| {link.text} |" in text
+    assert re.search(r"\| device.onnx \| [\d.]+ \| 32-bit floats \|", text)
+    assert re.search(r"\| edge.onnx \| [\d.]+ \| weights in 16 bits, arithmetic in floats \|", text)
     assert f"against JPEG {found.bd['JPEG'].percent:+.1f}%" in text
 
 

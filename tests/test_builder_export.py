@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,12 +25,12 @@ from kinflow.errors import BackendError, SettingsError
 from kinflow.family import Family
 from kinflow_builder import bundle, measure
 from kinflow_builder.assemble import assemble
-from kinflow_builder.build import Build, build_family, check_names, write_samples
+from kinflow_builder.build import Build, build_family, check_names, rebuild, write_samples
 from kinflow_builder.cost import cost
 from kinflow_builder.export import export_onnx, refuse_beyond
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.recipe import Recipe
+from kinflow_builder.recipe import Exit, Recipe
 from kinflow_builder.trunk import Segment, Trunk, make_network
 
 pytestmark = pytest.mark.builder
@@ -234,3 +235,17 @@ def test_whole_build(tmp_path: Path) -> None:
     np.testing.assert_array_equal(idx.read(out / "samples" / "images-idx3-ubyte.gz"), images.test.items[:20])
     np.testing.assert_array_equal(idx.read(out / "samples" / "labels-idx1-ubyte.gz"), images.test.truth[:20])
     assert str(tmp_path) not in (out / "train.log").read_text()
+
+    # Another default rate and a promise that so few images can keep, with the graphs that are there.
+    coding = {"s1": msgspec.structs.replace(recipe.coding["s1"], coarser=[1.25], default=1.25)}
+    wish = msgspec.structs.replace(recipe, coding=coding, exits={"device": Exit(0.9, 0.5)})
+    rebuild(replace(build, recipe=wish))
+    again = Family.load(out / "bundle")
+    assert again.manifest.segments == family.manifest.segments
+    assert again.manifest.splits["s1"].default_codec == "s1-q4x1.25"
+    assert set(again.manifest.splits["s1"].codecs) == {"s1-q4", "s1-q4x1.25", "s1-q8"}
+    assert again.manifest.splits["s1"].codecs["s1-q4"] == family.manifest.splits["s1"].codecs["s1-q4"]
+    assert again.manifest.exits["device"].certificate is not None
+    other = msgspec.structs.replace(recipe, coding={"s2": coding["s1"]})
+    with pytest.raises(SettingsError, match="the bundle has the splits"):
+        rebuild(replace(build, recipe=other))

@@ -1,7 +1,5 @@
 """A stranger's network and folder of pictures: `kinflow build --model`, interrupted and gone on with, then served."""
 
-
-
 from __future__ import annotations
 
 import json
@@ -90,6 +88,7 @@ def built(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         first.line("epoch 2/")
         first.process.send_signal(signal.SIGINT)
         assert first.wait() == 130
+        first.line("the same command goes on")
     assert not bundle.exists()
     with running(*command) as second:
         assert second.wait(300) == 0, second.err[-5:]
@@ -103,7 +102,7 @@ def test_the_bundle_is_the_strangers(built: Path) -> None:
     manifest = Family.load(built).manifest
     assert set(manifest.labels) == set(CLASSES)
     assert list(manifest.members) == ["device", "edge", "cloud"]
-    assert len({exit.temperature for exit in manifest.exits.values()}) == 3
+    assert all(exit.accuracy > 0 for exit in manifest.exits.values())
     recipe = Recipe.load(built.with_name("bundle.work"))
     # Cut by cost, for features of a network that is not trained tell nothing.
     assert recipe.branches is not None

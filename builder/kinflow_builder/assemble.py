@@ -6,12 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
 from kinflow import manifest as spec
 from kinflow.codec import UniformCodec
-from kinflow.family import INPUT
+from kinflow.errors import SettingsError
+from kinflow.family import INPUT, Family
 from kinflow.tokens import FeatureCodec
 from kinflow_builder import bundle, codecs
 from kinflow_builder.cost import cost
@@ -47,7 +49,8 @@ def assemble(
         if segment.split is not None:
             run = runner(stage / f"{segment.name}.onnx")
             fitting, measured = (_features(run, part) for part in seen[source])
-            fitted = _fit(stage, segment, recipe.coding[segment.split], fitting, measured, log)
+            step = segment.bottleneck.step
+            fitted = _fit(stage, segment.split, step, recipe.coding[segment.split], fitting, measured, log)
             splits[segment.split], default = fitted
             # A segment that begins here sees what the codec gives back, as in service.
             seen[segment.split] = (
@@ -68,6 +71,36 @@ def assemble(
         exits={name: spec.Exit(temperature=1.0, threshold=0.0, accuracy=0.0) for name in trunk.exits},
         members={name: spec.Member(parts) for name, parts in recipe.members.items()},
     )
+
+
+def reassemble(
+    stage: Path, recipe: AnyRecipe, old: Family, fitting: Array, measured: Array, log: BuildLog
+) -> spec.Manifest:
+    """As `assemble`, with the graphs of the bundle `old`: codecs are fitted again as the recipe says now.
+
+    Raises SettingsError where its splits are not the recipe's.
+    """
+    before = old.manifest
+    if set(before.splits) != set(recipe.coding):
+        raise SettingsError(f"coding names {sorted(recipe.coding)}, the bundle has the splits {sorted(before.splits)}")
+    splits: dict[str, spec.Split] = {}
+    seen = {INPUT: (fitting, measured)}
+    for name, segment in before.segments.items():
+        for graph in segment.graphs.values():
+            (stage / graph.file.path).write_bytes(old.files[graph.file.path])
+        if segment.split is not None:
+            run = runner(stage / segment.graphs["onnx"].file.path)
+            fitting, measured = (_features(run, part) for part in seen[segment.source])
+            step = before.splits[segment.split].codecs[f"{segment.split}-q4"].step[0]
+            coding = recipe.coding[segment.split]
+            splits[segment.split], default = _fit(stage, segment.split, step, coding, fitting, measured, log)
+            seen[segment.split] = (
+                default.dequantise(default.quantise(fitting)),
+                default.dequantise(default.quantise(measured)),
+            )
+        log.line(f"{name}: its graphs are kept")
+    exits = {name: spec.Exit(temperature=1.0, threshold=0.0, accuracy=0.0) for name in before.exits}
+    return msgspec.structs.replace(before, splits=splits, exits=exits)
 
 
 def _features(run: Callable[[Array], list[Array]], inputs: Array) -> Array:
@@ -102,22 +135,17 @@ def _segment(
 
 
 def _fit(
-    stage: Path, segment: Segment, coding: Coding, fitting: Array, measured: Array, log: BuildLog
+    stage: Path, split: str, step: float, coding: Coding, fitting: Array, measured: Array, log: BuildLog
 ) -> tuple[spec.Split, UniformCodec]:
-    """All codecs of a split, and the one that is used when none is named."""
-    split, bottleneck = segment.split, segment.bottleneck
-    assert split is not None  # Segment: they come together
-    assert bottleneck is not None
-    made = [codecs.fit(f"{split}-q4", fitting, measured, bottleneck.step, 4, coding.context)]
+    """All codecs of a split, and the one that is used when none is named. `step` is what training quantised with."""
+    made = [codecs.fit(f"{split}-q4", fitting, measured, step, 4, coding.context)]
     for wider in coding.coarser:
         name = f"{split}-q4x{wider:g}"
-        made.append(codecs.fit(name, fitting, measured, bottleneck.step * wider, 4, coding.context))
+        made.append(codecs.fit(name, fitting, measured, step * wider, 4, coding.context))
     # Four bits more, the same range; a table of each position's 256 levels would be larger than what it saves.
-    made.append(codecs.fit(f"{split}-q8", fitting, measured, bottleneck.step / 16, 8))
+    made.append(codecs.fit(f"{split}-q8", fitting, measured, step / 16, 8))
     merging = [
-        codecs.fit_merging(
-            f"{split}-m{merge.clusters}", fitting, measured, bottleneck.step, merge.clusters, merge.neighbours
-        )
+        codecs.fit_merging(f"{split}-m{merge.clusters}", fitting, measured, step, merge.clusters, merge.neighbours)
         for merge in coding.merging
     ]
     every: list[codecs.FittedCodec[FeatureCodec]] = [*made, *merging]

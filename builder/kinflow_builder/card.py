@@ -11,7 +11,7 @@ from kinflow_builder.bdrate import front
 from kinflow_builder.figures import Figures
 from kinflow_builder.measure import sources
 from kinflow_builder.plot import BYTES_PLOT, LATENCY_PLOT, draw
-from kinflow_builder.recipe import FolderData
+from kinflow_builder.recipe import FolderData, Precision
 from kinflow_builder.stitch_recipe import AnyRecipe
 
 CARD = "card.md"
@@ -33,7 +33,7 @@ def write(stage: Path, manifest: Manifest, recipe: AnyRecipe, found: Figures) ->
         _baselines(found),
         _latency(found),
         _exits(manifest, found),
-        _files(manifest),
+        _files(manifest, recipe),
         _reproduce(recipe),
     ]
     (stage / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -216,9 +216,26 @@ def _promise(exit: Exit) -> str:
     return f"{certificate.risk} <= {epsilon}, {sure} sure, n = {certificate.n:,}"
 
 
-def _files(manifest: Manifest) -> str:
-    rows = [(file.path, f"{file.bytes / 1e3:.1f}") for file in manifest.files()]
-    return f"## Files\n\n{table(('file', 'kB'), rows)}"
+# By the recipe's word for it, of a segment's graphs.
+STORED: dict[Precision, str] = {
+    "float": "32-bit floats",
+    "half": "weights in 16 bits, arithmetic in floats",
+    "weights8": "weights in 8 bits, arithmetic in floats",
+    "weights6": "large weights in 6 bits, arithmetic in floats",
+    "int8": "weights and arithmetic in 8 bits",
+}
+
+
+def _files(manifest: Manifest, recipe: AnyRecipe) -> str:
+    stored = {
+        graph.file.path: STORED[recipe.precision.get(name, "float")]
+        for name, segment in manifest.segments.items()
+        for graph in segment.graphs.values()
+    }
+    rows = [
+        (file.path, f"{file.bytes / 1e3:.1f}", stored.get(file.path, "a codec's table")) for file in manifest.files()
+    ]
+    return f"## Files\n\n{table(('file', 'kB', 'holds'), rows)}"
 
 
 def _reproduce(recipe: AnyRecipe) -> str:

@@ -59,6 +59,10 @@ def build(
     train: Annotated[
         bool, typer.Option("--train", help="A language model's branches, though the recipe has trained ones.")
     ] = False,
+    keep_graphs: Annotated[
+        bool,
+        typer.Option("--keep-graphs", help="Train nothing: codecs, certificates and card anew, as the recipe is now."),
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Forget an interrupted build, or go on from it.")
     ] = False,
@@ -77,11 +81,13 @@ def build(
         raise SettingsError("name a recipe, or a model with --model FILE.py:FUNCTION --images FOLDER --out BUNDLE")
     if model is None:
         assert recipe is not None
-        _from_recipe(recipe, images, out, epochs, fresh=fresh)
+        _from_recipe(recipe, images, out, epochs, fresh=fresh, keep_graphs=keep_graphs)
         return
     if images is None or out is None:
         raise SettingsError("--model needs --images, a folder of pictures, and --out, the bundle's folder")
     work = out.with_name(f"{out.name}.work")
+    if keep_graphs:
+        raise SettingsError(f"--keep-graphs needs the recipe that made the bundle: {work / RECIPE}, without --model")
     new = fresh or not (work / RECIPE).is_file()
     if new:
         _write_recipe(work, model, images, out.name, splits, size, minutes, seed, threads)
@@ -109,13 +115,14 @@ def _from_recipe(
     fresh: bool,
     model: str = "",
     checked: bool = False,
+    keep_graphs: bool = False,
 ) -> None:
     """`checked`: that every picture can be read is known already."""
     chosen = load_recipe(path)
     folder = path.parent if path.suffix == ".toml" else path
     if model and isinstance(chosen, Recipe) and chosen.network.make != model:
         raise SettingsError(f"{folder} is the work of another model, {chosen.network.make}: start anew with --fresh")
-    if chosen.tflite_segments:
+    if chosen.tflite_segments and not keep_graphs:
         # Now, and not after half an hour of training.
         _check_installed(NEEDED_FOR_TFLITE, "builder-tflite")
     if epochs is not None:
@@ -132,7 +139,15 @@ def _from_recipe(
     work = folder if out is None or model else out.with_name(f"{out.name}.work")
     work.mkdir(parents=True, exist_ok=True)
     log = BuildLog(work / "train.log")
-    steps.build_family(steps.Build(folder, out or folder / "bundle", work / "work", chosen, found, log), fresh=fresh)
+    build = steps.Build(folder, out or folder / "bundle", work / "work", chosen, found, log)
+    try:
+        if keep_graphs:
+            steps.rebuild(build)
+        else:
+            steps.build_family(build, fresh=fresh)
+    except KeyboardInterrupt:
+        log.console.print("interrupted: the same command goes on from here", markup=False)
+        raise
     if out is None:
         steps.write_samples(folder / "samples", found.test, chosen)
 
