@@ -237,7 +237,7 @@ def test_whole_build(tmp_path: Path) -> None:
     assert str(tmp_path) not in (out / "train.log").read_text()
 
     # Another default rate and a promise that so few images can keep, with the graphs that are there.
-    coding = {"s1": msgspec.structs.replace(recipe.coding["s1"], coarser=[1.25], default=1.25)}
+    coding = {"s1": msgspec.structs.replace(recipe.coding["s1"], rates=[1.25], default=1.25)}
     wish = msgspec.structs.replace(recipe, coding=coding, exits={"device": Exit(0.9, 0.5)})
     rebuild(replace(build, recipe=wish))
     again = Family.load(out / "bundle")

@@ -155,7 +155,7 @@ threads = 1
 
 [coding.s1]
 bytes_target = 400
-coarser = [2.0]
+rates = [2.0]
 
 [exits.device]
 epsilon = 0.1

@@ -121,13 +121,14 @@ def nested(
     data: Annotated[Path | None, typer.Option(help="Folder with the images.", show_default=False)] = None,
     folds: Annotated[int, typer.Option(help="Parts of all images; each is tested on once.", min=2)] = 5,
     only: Annotated[int | None, typer.Option(help="This fold alone, from 0.", min=0, show_default=False)] = None,
+    jobs: Annotated[int, typer.Option(help="Folds at the same time.", min=1)] = 1,
     as_json: Json = False,
 ) -> None:
     """Top-1 of every prefix member as served, less that of a model of its size trained alone."""
     _need("torch", "builder")
     from kinflow_bench import nested as bench
 
-    _print(bench.run(family, data, folds, only), as_json)
+    _print(bench.run(family, data, folds, only, jobs), as_json)
 
 
 def _need(module: str, extra: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,39 +21,53 @@ from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.nested_trunk import NestedTrunk
 from kinflow_builder.recipe import Recipe
-from kinflow_builder.train import Inputs, evaluate
+from kinflow_builder.train import Inputs
 from kinflow_builder.trunk import Trunk, make_network
 
 
-def run(folder: Path, directory: Path | None, folds: int, only: int | None) -> dict[str, Any]:
+def run(folder: Path, directory: Path | None, folds: int, only: int | None, jobs: int = 1) -> dict[str, Any]:
     """Trains everything `folds` times, each time tested on another part of all images of the recipe in `folder`.
 
-    `only`: one fold, counted from 0, so that several machines can share the work.
+    `only`: one fold, counted from 0, so that several machines can share the work. `jobs`: folds at the same time, each
+    in a process of its own.
     """
     recipe = Recipe.load(folder)
     if recipe.nested is None:
         raise SettingsError(f"{folder}: bench nested takes a family with [nested] in its recipe")
-    torch.set_num_threads(recipe.training.threads)
-    division = data.load(recipe, folder, directory)
-    pictures = _joined(division.train, division.held_out, division.test)
-    order = np.random.default_rng(recipe.training.seed).permutation(len(pictures))
-    rows = []
-    for fold in range(folds) if only is None else (only,):
-        tested = np.arange(len(order)) % folds == fold
-        parts = (pictures.part(order[~tested]), pictures.part(order[tested]))
-        training, test = (Inputs.read(part, recipe.preprocess) for part in parts)
-        seeded = msgspec.structs.replace(recipe.training, seed=recipe.training.seed + fold)
-        rows.append(_fold(folder, msgspec.structs.replace(recipe, training=seeded), training, test))
+    chosen = range(folds) if only is None else (only,)
+    if jobs > 1 and len(chosen) > 1:
+        # Spawned: a fork would copy torch's threads in whatever state they are.
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            rows = list(pool.map(_one_of, [(folder, directory, folds, fold) for fold in chosen]))
+    else:
+        rows = [_one_of((folder, directory, folds, fold)) for fold in chosen]
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    images = int(mean.pop("images"))
     differences = {name: mean[f"{name}_served"] - mean[f"{name}_alone"] for name in recipe.members}
     return {
         "ratio": min(differences.values()),
         "served_less_alone": differences,
         **mean,
-        "images_per_fold": len(order) // folds,
+        "images_per_fold": images,
         "epochs_alone": recipe.nested.epochs + recipe.training.epochs,
         "folds": rows,
     }
+
+
+def _one_of(chosen: tuple[Path, Path | None, int, int]) -> dict[str, Any]:
+    """One fold's figures, from (folder, directory, folds, fold)."""
+    folder, directory, folds, fold = chosen
+    recipe = Recipe.load(folder)
+    torch.set_num_threads(recipe.training.threads)
+    division = data.load(recipe, folder, directory)
+    pictures = _joined(division.train, division.held_out, division.test)
+    order = np.random.default_rng(recipe.training.seed).permutation(len(pictures))
+    tested = np.arange(len(order)) % folds == fold
+    parts = (pictures.part(order[~tested]), pictures.part(order[tested]))
+    training, test = (Inputs.read(part, recipe.preprocess) for part in parts)
+    seeded = msgspec.structs.replace(recipe.training, seed=recipe.training.seed + fold)
+    found = _fold(folder, msgspec.structs.replace(recipe, training=seeded), training, test)
+    return {**found, "images": len(order) // folds}
 
 
 def _fold(folder: Path, recipe: Recipe, training: Inputs, test: Inputs) -> dict[str, Any]:
@@ -66,7 +82,7 @@ def _fold(folder: Path, recipe: Recipe, training: Inputs, test: Inputs) -> dict[
         network = make_network(folder, recipe.network)
         trunk, cutting = train_nested(recipe, network, training, test, work / "family", log, fresh=True)
         found["family_s"] = time.monotonic() - begin
-        found |= _family_figures(trunk, test)
+        found |= _family_figures(trunk, recipe, test)
         for name, ranks in cutting.members.items():
             begin = time.monotonic()
             alone = _from_scratch(cutting, name, recipe.training.seed)
@@ -79,11 +95,13 @@ def _fold(folder: Path, recipe: Recipe, training: Inputs, test: Inputs) -> dict[
     return found
 
 
-def _family_figures(trunk: NestedTrunk, test: Inputs) -> dict[str, float]:
-    found = {f"{name}_served": 100 * share for name, share in evaluate(trunk, test).items()}
+def _family_figures(trunk: NestedTrunk, recipe: Recipe, test: Inputs) -> dict[str, float]:
     images = test.batch(slice(None))
+    (coding,) = recipe.coding.values()
     with torch.no_grad():
-        passed = Trunk.forward(trunk, images)
+        # As in service: by the default codec's steps.
+        passed = Trunk.forward(trunk.eval(), images, torch.full((len(test),), coding.default))
+        found = {f"{name}_served": _share(logits, test) for name, logits in passed.logits.items()}
         first, *larger = trunk.segments
         (features,) = passed.features.values()
         found["feature_bytes"] = float(first.bottleneck.rate_bytes(features))

@@ -139,9 +139,8 @@ def _fit(
 ) -> tuple[spec.Split, UniformCodec]:
     """All codecs of a split, and the one that is used when none is named. `step` is what training quantised with."""
     made = [codecs.fit(f"{split}-q4", fitting, measured, step, 4, coding.context)]
-    for wider in coding.coarser:
-        name = f"{split}-q4x{wider:g}"
-        made.append(codecs.fit(name, fitting, measured, step * wider, 4, coding.context))
+    for rate in coding.rates:
+        made.append(codecs.fit(f"{split}-q4x{rate:g}", fitting, measured, step * rate, 4, coding.context))
     # Four bits more, the same range; a table of each position's 256 levels would be larger than what it saves.
     made.append(codecs.fit(f"{split}-q8", fitting, measured, step / 16, 8))
     merging = [
@@ -155,5 +154,5 @@ def _fit(
         encode_ms = 1e3 * median_s(partial(fitted.codec.encode, measured[0]))
         log.line(f"{fitted.codec.name}: {fitted.spec.bytes_mean:.1f} bytes per item, encoded in {encode_ms:.2f} ms")
     specs = {fitted.codec.name: fitted.spec for fitted in every}
-    default = made[[1.0, *coding.coarser].index(coding.default)].codec
+    default = made[[1.0, *coding.rates].index(coding.default)].codec
     return spec.Split(list(fitting.shape[1:]), specs, default.name), default

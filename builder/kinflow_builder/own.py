@@ -165,7 +165,7 @@ def _recipe(
             threads=wishes.threads,
         ),
         coding={
-            f"s{number}": Coding(_target(shapes.get(name, (64, 7, 7)), count), coarser=[1.5, 2.0])
+            f"s{number}": Coding(_target(shapes.get(name, (64, 7, 7)), count), rates=[1.5, 2.0])
             for number, (name, count) in enumerate(zip(after, channels, strict=True), 1)
         },
         exits={member: Exit(epsilon / (len(members) - 1), DELTA) for member in members[:-1]},

@@ -15,6 +15,8 @@ from kinflow.messages import Name
 RECIPE = "recipe.toml"
 # Of the trained step: the widest that training shows to the tails.
 COARSEST = 2.0
+# Levels reach to 8 steps on either side: with finer ones they would hardly reach beyond the features' spread.
+FINEST = 0.5
 
 # float; weights stored with 16, 8 or 6 bits and computed with as floats; all of the arithmetic with 8 bits; or that
 # where it costs no exit more than half a point (precision.py), else float.
@@ -150,22 +152,23 @@ class Merging(_Strict, frozen=True):
 
 
 class Coding(_Strict, frozen=True):
-    """One split's codecs: `<split>-q4`, coarser ones, and `<split>-q8`, 16 times as fine."""
+    """One split's codecs: `<split>-q4`, that at other rates, and `<split>-q8`, 16 times as fine."""
 
     bytes_target: PositiveFloat
     """Training presses the entropy of `<split>-q4` per item below this."""
     context: Context = "channel"
     """What shares statistics: a channel's values, or none, for images that all have the same layout."""
-    coarser: list[Annotated[float, msgspec.Meta(gt=1, le=COARSEST)]] = []
-    """Steps of further codecs `<split>-q4x…`, in steps of `<split>-q4`: fewer bytes for a slow link."""
-    default: Annotated[float, msgspec.Meta(ge=1, le=COARSEST)] = 1.0
-    """Steps of the codec that is used unless settings name another: 1 for `<split>-q4`, or one of `coarser`."""
+    rates: list[Annotated[float, msgspec.Meta(ge=FINEST, le=COARSEST)]] = []
+    """Steps of further codecs `<split>-q4x…`, in steps of `<split>-q4`: above 1 fewer bytes for a slow link, below 1
+    more where the tails need them and features stay within the levels' range."""
+    default: Annotated[float, msgspec.Meta(ge=FINEST, le=COARSEST)] = 1.0
+    """Steps of the codec that is used unless settings name another: 1 for `<split>-q4`, or one of `rates`."""
     merging: list[Merging] = []
     """Further codecs, for features of many tokens."""
 
     def __post_init__(self) -> None:
-        if self.default != 1 and self.default not in self.coarser:
-            raise ValueError(f"default is {self.default:g}, expected 1 or one of coarser, {self.coarser}")
+        if self.default != 1 and self.default not in self.rates:
+            raise ValueError(f"default is {self.default:g}, expected 1 or one of rates, {self.rates}")
 
 
 class Exit(_Strict, frozen=True):
