@@ -21,6 +21,8 @@ from kinflow_builder.latency import TO_THE_CLOUD, Link
 from kinflow_builder.log import BuildLog
 from kinflow_builder.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("brief_timing")
+
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 IMAGES = 80
 

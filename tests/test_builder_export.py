@@ -33,7 +33,7 @@ from kinflow_builder.log import BuildLog
 from kinflow_builder.recipe import Exit, Recipe
 from kinflow_builder.trunk import Segment, Trunk, make_network
 
-pytestmark = pytest.mark.builder
+pytestmark = [pytest.mark.builder, pytest.mark.usefixtures("brief_timing")]
 
 FASHION = Path(__file__).parents[1] / "families" / "fashion"
 HAS_CONVERTER = find_spec("litert_torch") is not None

@@ -30,7 +30,7 @@ from kinflow_builder.stitch_recipe import StitchRecipe
 from kinflow_builder.stitched import stitched
 from kinflow_builder.trunk import function_of
 
-pytestmark = pytest.mark.builder
+pytestmark = [pytest.mark.builder, pytest.mark.usefixtures("brief_timing")]
 
 SAMPLES = Path(__file__).parents[1] / "families/fashion/samples"
 
@@ -305,6 +305,18 @@ def test_the_step_meets_the_budget() -> None:
     size = transform.entropy_bytes(features, step)
     assert 39.6 < size <= 40
     assert transform.entropy_bytes(features, step / 2) > size
+
+
+def test_a_step_is_never_so_fine_that_features_are_cut_off() -> None:
+    """Few large values among many small ones: two steps meet the budget, and the one that clips is not taken."""
+    features = noise(40, 6, 5, 5) * torch.where(noise(40, 6, 5, 5, seed=1) > 1.5, 30.0, 1.0)
+    sizes = [transform.entropy_bytes(features, step) for step in (0.02, 0.3, 8.0)]
+    assert sizes[0] < 0.6 * sizes[1] > sizes[2]
+    # 45 bytes are reached at a step of about 0.05, where nearly everything is cut off, and at 1, where a twentieth is.
+    for budget in (45.0, 8.0):
+        step = transform.step_for(features, budget)
+        assert (features.abs() > 7.5 * step).float().mean() <= 1.1e-3
+        assert transform.entropy_bytes(features, step) <= budget
 
 
 def test_least_squares_finds_a_linear_relation() -> None:

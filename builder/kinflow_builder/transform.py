@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -19,6 +20,8 @@ from kinflow_builder.quantiser import LEVELS, ZERO, Bottleneck
 
 # Steps are found to within a thousandth.
 BISECTIONS = 16
+# Of the features, at most these may lie beyond the outermost levels.
+CUT_SHARE = 1e-3
 # Share of the metric that is plain squared error: what one small model's answer ignores another may need.
 PLAIN = 0.3
 BATCH = 16
@@ -101,9 +104,15 @@ def fisher(tail: nn.Module, hidden: torch.Tensor, side: int, seed: int) -> torch
 
 
 def step_for(features: torch.Tensor, bytes_target: float) -> float:
-    """The step at which the 4-bit levels of `features` have that entropy per item, channel by channel."""
-    spread = float(features.std())
-    low, high = 1e-3 * spread, 1e2 * spread
+    """The step at which the 4-bit levels of `features` have that entropy per item, channel by channel.
+
+    Never so fine that more than one value in a thousand is cut off: entropy falls again below that, as ever more
+    values end at the outermost levels, and a second step would meet the budget with most of the features lost.
+    """
+    low = float(np.quantile(features.abs().numpy(), 1 - CUT_SHARE)) / (ZERO - 0.5)
+    high = 1e2 * float(features.std())
+    if entropy_bytes(features, low) <= bytes_target:
+        return low
     for _ in range(BISECTIONS):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if entropy_bytes(features, middle) > bytes_target else (low, middle)
