@@ -31,7 +31,11 @@ from kinflow.messages import NodeStatus, Reply, Request, Verdict, Verify
 from kinflow.policy import HEADER_BYTES
 
 PROBE_TIMEOUT_S = 1.0
-# A link that even a status has not come through for so long, while a probe went unanswered, is connected anew.
+# A node that was late, or did not answer at all, and is spared since, is probed as often as this. After so many echoes
+# in a row it is as good as new: what its failures taught would keep it from being asked, and so from teaching better.
+DOUBT_INTERVAL_S = 0.5
+CLEARING_ECHOES = 3
+# A link that even a status has not come through for so long is probed, and connected anew when that goes unanswered.
 SILENT_S = 2.5
 # Every other probe is as large as this, so that the throughput shows.
 PROBE_BYTES = 2048
@@ -62,6 +66,8 @@ class Peer:
         self._probes = 0
         self._heard_s = -math.inf  # a new one is probed at once
         self._was_ready = False
+        # How many echoes it still takes until the node is trusted as before.
+        self._doubts = 0
 
     @property
     def estimate(self) -> LinkEstimate:
@@ -104,8 +110,10 @@ class Peer:
         return future
 
     def probe_if_due(self, topic: str, now_s: float, idle_s: float) -> None:
-        """When it is half-open, or was not heard of for `idle_s`; one probe at a time."""
+        """When it is half-open, in doubt, silent, or was not heard of for `idle_s`; one probe at a time."""
         state = self.breaker.state(now_s)
+        if self._doubts or now_s - self.link.heard_s > SILENT_S:
+            idle_s = min(idle_s, DOUBT_INTERVAL_S)
         if self._probe is not None or state == "open" or (state == "closed" and now_s - self._heard_s < idle_s):
             return
         self._probes += 1
@@ -125,6 +133,7 @@ class Peer:
         with self._lock:
             if answered.attempts == 1:  # else it is no sample: Karn's rule, RFC 6298
                 self._estimator.replied(answered.bytes_up, answered.round_trip_s, server_s, queue_s)
+                self._doubts = 0
             self._succeeded(now_s)
 
     def _learn_from_error(
@@ -151,16 +160,26 @@ class Peer:
             self._heard_s = now_s  # also when it failed: the next one waits its turn
             if error is None:
                 echoed = future.result()
-                if self.breaker.state(now_s) != "closed":
+                if self._cleared(now_s):
                     self._estimator = Estimator()  # what was learned while it failed says nothing about now
                 self._estimator.echoed(echoed.bytes_up, echoed.round_trip_s, echoed.echo.queue_ms / 1e3)
                 self._succeeded(now_s)
             elif isinstance(error, LinkTimeout):
                 self._estimator.unanswered(HEADER_BYTES, PROBE_TIMEOUT_S)
                 self._failed(now_s)
-                if self.breaker.state(now_s) != "closed" and now_s - self.link.heard_s > SILENT_S:
+                if now_s - self.link.heard_s > SILENT_S:
                     self.link.connection.renew()  # half-open, perhaps: its keepalive would take twice as long
                     self._was_ready = False  # what it says on the new connection is news
+
+    def _cleared(self, now_s: float) -> bool:
+        """An echo came: whether it ends the doubts about the node."""
+        if self.breaker.state(now_s) != "closed":
+            self._doubts = 0
+            return True
+        if not self._doubts:
+            return False
+        self._doubts -= 1
+        return not self._doubts
 
     def _succeeded(self, now_s: float) -> None:
         self._heard_s = now_s
@@ -168,4 +187,5 @@ class Peer:
             self.breaker = self.breaker.succeeded()
 
     def _failed(self, now_s: float) -> None:
+        self._doubts = CLEARING_ECHOES
         self.breaker = self.breaker.failed(now_s, random.random())
