@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 
-from kinflow.awaited import Echoed
+import pytest
+
+from kinflow.awaited import Answered, Echoed
 from kinflow.breaker import TRIP_AFTER, Breaker
-from kinflow.errors import LinkTimeout
+from kinflow.errors import LinkError, LinkTimeout, RequestCancelled
 from kinflow.link import Link
-from kinflow.messages import Echo, NodeStatus
+from kinflow.messages import Echo, NodeStatus, Reply
 from kinflow.mqtt import BrokerAddress
 from kinflow.peer import CLEARING_ECHOES, DOUBT_INTERVAL_S, PROBE_TIMEOUT_S, SILENT_S, Peer
 from kinflow.uplink import CHECK_INTERVAL_S
@@ -95,3 +97,18 @@ def test_a_silent_link_is_probed_and_made_anew_by_the_first_probe_that_is_not_an
     assert peer._probes > before
     unanswered(peer)
     assert renewed
+
+
+@pytest.mark.parametrize(("error", "state"), [(RequestCancelled("x"), "closed"), (LinkTimeout("x"), "open")])
+def test_only_what_was_waited_for_to_the_end_has_failed(error: LinkError, state: str) -> None:
+    """Requests that another node answered first say that this one is slow, not that it is mute: probes find that out."""
+    peer = Peer("edge-a", Link(BrokerAddress("127.0.0.1", 9), "cam-1"))
+    echo(peer)
+    before_s = peer.estimate.cost_s(1000)
+    for _ in range(TRIP_AFTER):
+        ended: Future[Answered[Reply]] = Future()
+        ended.set_exception(error)
+        peer._learn(time.monotonic() - 0.4, 1000, 0.1, ended)
+    assert peer.breaker.state(time.monotonic()) == state
+    assert peer.estimate.cost_s(1000) > before_s + 0.1
+    assert state == "open" or probed(peer, DOUBT_INTERVAL_S + 0.1)

@@ -150,7 +150,10 @@ class Peer:
         elif isinstance(error, (LinkTimeout, RequestCancelled)) and waited_s >= late_s:
             # One that had less time than its usual ones take has not failed.
             self._estimator.unanswered(size_bytes, waited_s)
-            self._failed(now_s)
+            if isinstance(error, LinkTimeout):
+                self._failed(now_s)
+            else:  # somebody else was faster: it may be slow, and a probe tells whether it is mute
+                self._doubts = CLEARING_ECHOES
 
     def _learn_from_probe(self, future: Future[Echoed]) -> None:
         now_s = time.monotonic()
