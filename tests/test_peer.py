@@ -101,7 +101,7 @@ def test_a_silent_link_is_probed_and_made_anew_by_the_first_probe_that_is_not_an
 
 @pytest.mark.parametrize(("error", "state"), [(RequestCancelled("x"), "closed"), (LinkTimeout("x"), "open")])
 def test_only_what_was_waited_for_to_the_end_has_failed(error: LinkError, state: str) -> None:
-    """Requests that another node answered first say that this one is slow, not that it is mute: probes find that out."""
+    """That another node answered first says that this one is slow, not that it is mute: probes find that out."""
     peer = Peer("edge-a", Link(BrokerAddress("127.0.0.1", 9), "cam-1"))
     echo(peer)
     before_s = peer.estimate.cost_s(1000)

@@ -98,6 +98,20 @@ def test_the_list_shows_what_became_of_each(here: Path) -> None:
     kinflow("pki", "revoke", "device.cam-2", "--passphrase-file", "word", fails="has no valid certificate")
 
 
+def test_the_new_list_is_brought_to_servers_that_are_named(here: Path) -> None:
+    """`revoke --to`: whole, to holders of this authority alone, and where one is not, nobody is revoked yet."""
+    issue("edge", "kitchen")
+    issue("device", "cam-1")
+    word = ("--passphrase-file", "word")
+    before = (here / "edge.kitchen/crl.pem").read_bytes()
+    kinflow("pki", "init", "--pki", "theirs", *word)
+    for folder, why in (("nowhere", "is no TLS folder"), ("theirs", "belongs to another authority")):
+        kinflow("pki", "revoke", "device.cam-1", "--to", "edge.kitchen", "--to", folder, *word, fails=why)
+    assert (here / "edge.kitchen/crl.pem").read_bytes() == before == (here / "pki/crl.pem").read_bytes()
+    assert "edge.kitchen has the new list" in kinflow("pki", "revoke", "device.cam-1", "--to", "edge.kitchen", *word)
+    assert (here / "edge.kitchen/crl.pem").read_bytes() == (here / "pki/crl.pem").read_bytes() != before
+
+
 def test_one_identity_has_one_holder(here: Path) -> None:
     """A second certificate of a name needs --renew, or the first to be revoked."""
     issue("device", "cam-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -335,13 +336,17 @@ def test_a_revoked_device_is_thrown_out_and_the_others_stay(tmp_path: Path) -> N
 
 
 def test_a_broken_list_does_not_stop_the_broker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Half a file arrived: the broker goes on with what it has, and says why."""
+    """Half a file arrived: the broker goes on with what it has, also when it has to be started again, and says why."""
     pki = TestAuthority(tmp_path)
     with Broker(BrokerSettings(kind="mosquitto", port=0), pki.tls(EDGE)) as own:
         pid = own.pid
         (tmp_path / EDGE / "crl.pem").write_text("-----BEGIN X509 CRL-----\nMIIB")
         wait_until(lambda: own.restart_if_stale() or "keeps its old certificates" in caplog.text)
-        assert own.pid == pid
+        assert own.pid == pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_until(own.restart_if_dead)
+        with Client(own, pki.credentials(CAM)) as client:
+            client.connected()
 
 
 def test_a_revoked_server_is_not_believed(tmp_path: Path) -> None:

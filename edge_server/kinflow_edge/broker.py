@@ -25,7 +25,7 @@ from kinflow.errors import BrokerError, SettingsError
 from kinflow.identity import Identity
 from kinflow.mqtt import BrokerAddress
 from kinflow.settings import BrokerSettings, TlsSettings
-from kinflow.tls import Credentials
+from kinflow.tls import CERT, Credentials
 from kinflow_edge import mosquitto
 
 log = logging.getLogger("kinflow.broker")
@@ -150,10 +150,10 @@ class Broker:
         assert self._folder is not None
         # rumqttd tells the format by the ending; mosquitto takes any.
         config = Path(self._folder.name) / "broker.toml"
-        config.write_text(self._configuration())
         errors = Path(self._folder.name) / "broker.err"
         account = _account(self.kind)
         self._hand_over(Path(self._folder.name), account)
+        config.write_text(self._configuration(Path(self._folder.name)))
         with errors.open("wb") as stream:
             # Paths relative to the folder: what lies above it may be closed to the broker's account.
             self._process = children.spawn(
@@ -167,25 +167,36 @@ class Broker:
         self._wait_until_ready(errors)
         log.info("broker started kind=%s address=%s pid=%s", self.kind, self.address, self._process.pid)
 
-    def _configuration(self) -> str:
+    def _configuration(self, folder: Path) -> str:
         listen = self._settings.listen
         if self.kind == "mosquitto":
-            files = [] if self.credentials is None else list(self.credentials.files())
-            return mosquitto.configuration(listen, self._port, files)
+            return mosquitto.configuration(listen, self._port, [path.name for path in folder.glob("*.pem")])
         return EMBEDDED_CONFIG.format(listen=listen, port=self._port, max_packet_bytes=frame.MAX_FRAME_BYTES + 1024)
 
     def _hand_over(self, folder: Path, account: dict[str, Any]) -> None:
         """Copy the credentials to where the broker's account may read them, and nobody else."""
         given = [folder]
         if self.credentials is not None:
-            self._files = self._times()
-            for name, path in self.credentials.files().items():
+            for name, path in self._valid_files(folder).items():
                 given.append(_write_private(folder / name, path.read_bytes()))
             servers = [self.credentials.identity, *self._servers]
             given.append(_write_private(folder / mosquitto.ACL, mosquitto.access_list(servers).encode()))
         if account:
             for path in given:
                 os.chown(path, account["user"], account["group"])
+
+    def _valid_files(self, copies: Path) -> dict[str, Path]:
+        """What is to be copied: nothing where the broker has copies already and a file has come to harm since."""
+        assert self.credentials is not None
+        self._files = self._times()
+        try:
+            Credentials.load(self._tls)
+        except SettingsError as exc:
+            if not (copies / CERT).exists():
+                raise
+            log.warning("the broker keeps its old certificates: %s", exc)
+            return {}
+        return self.credentials.files()
 
     def _wait_until_ready(self, errors: Path) -> None:
         assert self._process is not None

@@ -119,6 +119,22 @@ class Authority:
         self._write_crl(self._key(passphrase), revoked)
         return valid
 
+    def check_holder(self, folder: Path) -> None:
+        """Raises SettingsError when `folder` is not one whose holder trusts this authority."""
+        try:
+            theirs = (folder / CA).read_bytes()
+        except OSError as exc:
+            raise SettingsError(f"{folder} is no TLS folder: {CA}: {exc.strerror}") from exc
+        if theirs != (self.folder / CA).read_bytes():
+            raise SettingsError(f"{folder} belongs to another authority: its {CA} is not that of {self.folder}")
+
+    def tell(self, folder: Path) -> None:
+        """Bring the list of what was revoked to a holder: whole, or not at all. Raises SettingsError."""
+        try:
+            write_whole(folder / CRL, (self.folder / CRL).read_bytes())
+        except OSError as exc:
+            raise SettingsError(f"{folder / CRL}: {exc.strerror}: copy {self.folder / CRL} there") from exc
+
     def issued(self) -> list[Issued]:
         """Everything that was issued, by identity, the newest last."""
         revoked = {entry.serial_number for entry in self._crl()}

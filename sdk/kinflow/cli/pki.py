@@ -83,15 +83,25 @@ def enrol(
 @app.command()
 def revoke(
     identity: Annotated[str, typer.Argument(help="ROLE.NAME, as `kinflow pki list` shows it.")],
+    to: Annotated[
+        list[Path] | None,
+        typer.Option(help="TLS folder to bring the new list to, on this machine or mounted; may be repeated."),
+    ] = None,
     pki: Folder = DEFAULT_FOLDER,
     passphrase_file: PassphraseFile = None,
 ) -> None:
-    """Revoke a certificate: copy the new crl.pem into every server's TLS folder."""
+    """Revoke a certificate: every server's TLS folder needs the new crl.pem; a running server sees that by itself."""
     from kinflow.authority import Authority
 
-    revoked = Authority(pki).revoke(Identity.parse(identity), ask_passphrase(OWNER, passphrase_file))
-    serials = ", ".join(f"{issued.serial:x}" for issued in revoked)
-    typer.echo(f"{identity} is revoked ({serials}): copy {pki / 'crl.pem'} into the TLS folder of every server")
+    authority = Authority(pki)
+    for folder in to or ():
+        authority.check_holder(folder)
+    revoked = authority.revoke(Identity.parse(identity), ask_passphrase(OWNER, passphrase_file))
+    typer.echo(f"{identity} is revoked ({', '.join(f'{issued.serial:x}' for issued in revoked)})")
+    for folder in to or ():
+        authority.tell(folder)
+        typer.echo(f"{folder} has the new list")
+    typer.echo(f"copy {pki / 'crl.pem'} into the TLS folder of every {'other ' if to else ''}server")
 
 
 @app.command("list")
