@@ -89,7 +89,7 @@ def _show(check: Check) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble((f"{check.status:<5}", STYLES[check.status]), (f"{check.name:<11}", "bold"), check.found)
+    line = Text.assemble((f"{check.status:<5}", STYLES[check.status]), (f"{check.name:<12}", "bold"), check.found)
     if check.advice:
         line.append(f" -> {check.advice}", "cyan")
     Console(highlight=False).print(line, soft_wrap=True)
