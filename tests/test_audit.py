@@ -29,11 +29,11 @@ def first_refutation(losses: np.ndarray, epsilon: float, delta: float) -> int | 
 
 
 def test_a_certificate_that_holds_is_seldom_refuted_however_often_one_looks() -> None:
-    """At the very limit, looked at after each of 1,000 losses, in 200 runs: at most delta of them, and luck."""
+    """At the very limit, looked at after each of 600 losses, in 100 runs: at most delta of them, and luck."""
     random = np.random.default_rng(0)
-    runs = [first_refutation(random.random(1000) < 0.05, 0.05, 0.1) for _ in range(200)]
-    # 10% of 200 are 20; more than 34 happen once in a thousand times.
-    assert sum(run is not None for run in runs) <= 34
+    runs = [first_refutation(random.random(600) < 0.05, 0.05, 0.1) for _ in range(100)]
+    # 10% of 100 are 10; more than 20 happen once in a thousand times.
+    assert sum(run is not None for run in runs) <= 20
 
 
 def test_a_risk_three_times_too_high_is_noticed() -> None:
@@ -45,11 +45,11 @@ def test_a_risk_three_times_too_high_is_noticed() -> None:
 
 
 def test_the_lower_bound_is_one() -> None:
-    """It grows with what is seen, and stays below the true risk in 19 of 20 runs."""
+    """It grows with what is seen, and stays below the true risk in 19 of 20 runs, give or take."""
     random = np.random.default_rng(2)
     above = 0
     bounds = []
-    for _ in range(40):
+    for _ in range(20):
         test = RiskTest(0.01, 0.05)
         for loss in random.random(3000) < 0.04:
             test.observe(float(loss))
@@ -58,7 +58,7 @@ def test_the_lower_bound_is_one() -> None:
         assert audit.risk == pytest.approx(0.04, abs=0.015)
         above += audit.at_least > 0.04
         bounds.append(audit.at_least)
-    assert above <= 4
+    assert above <= 3
     assert np.median(bounds) >= 0.02
 
 
@@ -78,9 +78,9 @@ def test_a_device_whose_certificate_does_not_hold_tightens_its_threshold_and_say
     bundle = copy_bundle(tmp_path / "bundle", thresholds={"device": 0.0, "edge": 0.0})
     family = Family.load(bundle)
     own, above = (
-        [member_answer(family, name, image)[0] for image in sample_images(600)] for name in ("device", "edge")
+        [member_answer(family, name, image)[0] for image in sample_images(300)] for name in ("device", "edge")
     )
-    images = sample_images(600)[np.array(own) != np.array(above)]
+    images = sample_images(300)[np.array(own) != np.array(above)]
     assert len(images)
     with Fleet([bundle]) as fleet, caplog.at_level(logging.WARNING, "kinflow.device"):
         server = fleet.start("edge")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +15,17 @@ from typer.testing import CliRunner
 
 from authority import TestAuthority
 from brokers import KINDS
-from kinflow import Device, TextDevice, topics
+from kinflow import Device, TextDevice, frame, topics
 from kinflow.bundle import MANIFEST
 from kinflow.cli.app import app
 from kinflow.errors import BundleError, LinkError, ServerFailed, SettingsError
 from kinflow.family import Family
-from kinflow.mqtt import BrokerAddress
+from kinflow.messages import NodeStatus, Served
+from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.pull import Pulled, Wanted, pull, version_order
 from kinflow.settings import BrokerSettings, DeviceSettings, ServerSettings, TlsSettings
 from kinflow.signing import SigningKey, TrustedKeys
-from kinflow.source import BundleSource, Chunk
+from kinflow.source import PART_TIMEOUT_S, BundleSource, Chunk
 from kinflow_edge.allowance import MAX_CLIENTS, Allowance
 from kinflow_edge.server import Server
 from system_fixtures import copy_bundle, sample_images
@@ -231,17 +233,27 @@ def test_only_signed_bundles_are_taken_once_a_key_is_trusted(bundle: Path, tmp_p
 
 
 def test_what_is_there_is_not_overwritten(address: BrokerAddress, tmp_path: Path) -> None:
-    """A folder that was not pulled, and another family's bundle, stay as they are."""
+    """A folder that was not pulled stays as it is."""
     mine = tmp_path / "mine"
     mine.mkdir()
     with pytest.raises(SettingsError, match="was not pulled"):
         take(address, mine)
-    with BundleSource(address, "edge", "no-such-family") as source, pytest.raises((ServerFailed, LinkError)):
-        source_read_once(source)
 
 
-def source_read_once(source: BundleSource) -> None:
-    source.read(MANIFEST, 0, 10)
+def test_a_family_that_is_not_served_is_said_at_once(address: BrokerAddress) -> None:
+    """The servers' own statuses tell: nobody waits for parts that cannot come."""
+    status = frame.pack(NodeStatus("edge-a", "edge", "ready", families=[Served(NAME, "1", {})]))
+    with (
+        Connection(address, "speaks", on_message=lambda *_: None) as node,
+        BundleSource(address, "edge", "no-such-family") as source,
+    ):
+        assert node.wait_connected(10)
+        node.publish(topics.status("edge-a"), status, retain=True)
+        begin_s = time.monotonic()
+        with pytest.raises(ServerFailed, match=f"{NAME} is served here, not no-such-family"):
+            source.read(MANIFEST, 0, 10)
+        assert time.monotonic() - begin_s < 3 * PART_TIMEOUT_S
+        node.publish(topics.status("edge-a"), b"", retain=True)
 
 
 def test_a_file_outside_the_bundle_cannot_be_asked_for(address: BrokerAddress) -> None:
@@ -255,8 +267,8 @@ def test_a_file_outside_the_bundle_cannot_be_asked_for(address: BrokerAddress) -
 
 def test_one_device_cannot_take_all_of_the_line(bundle: Path, tmp_path: Path) -> None:
     """Beyond its bytes a second a client is told to wait, and still gets everything."""
-    with serving(bundle, pull_bytes_per_s=300_000.0) as address:
-        assert take(address, tmp_path / "bundle").bytes_down > 300_000
+    with serving(bundle, pull_bytes_per_s=600_000.0) as address:
+        assert take(address, tmp_path / "bundle").bytes_down > 600_000
 
 
 def test_an_allowance_fills_up_again() -> None:

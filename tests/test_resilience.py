@@ -78,6 +78,12 @@ def name(server: ServerProcess) -> str:
     return str(server.ready["node"])
 
 
+def two_edges(fleet: Fleet) -> list[ServerProcess]:
+    """They come up beside each other."""
+    launched = [fleet.launch("edge", name=f"edge-{letter}") for letter in "ab"]
+    return [fleet.wait(server) for server in launched]
+
+
 def port(server: ServerProcess) -> str:
     return server.broker.rpartition(":")[2]
 
@@ -85,7 +91,7 @@ def port(server: ServerProcess) -> str:
 def test_a_rolling_restart_loses_nothing(bundle: Path) -> None:
     """Each of two edge servers is told to stop and started again, in turn: every answer is an edge server's."""
     with Fleet([bundle]) as fleet:
-        servers = [fleet.start("edge", name=f"edge-{letter}") for letter in "ab"]
+        servers = two_edges(fleet)
         brokers = ",".join(server.broker for server in servers)
         with Device.open(bundle, DeviceSettings(broker=brokers, deadline_s=DEADLINE_S)) as device:
             for server in servers:
@@ -130,8 +136,9 @@ def test_a_draining_server_answers_what_it_has_and_is_not_asked_again(bundle: Pa
 def test_an_edge_server_that_is_killed_is_replaced_by_the_other_then_by_the_cloud(bundle: Path) -> None:
     """The order of resort, one kill -9 after the other: hardly an answer is local until nobody is left."""
     with Fleet([bundle]) as fleet:
-        cloud = fleet.start("cloud")
-        edges = {name(server): server for server in (fleet.start("edge", name=f"edge-{letter}") for letter in "ab")}
+        launched = fleet.launch("cloud")
+        edges = {name(server): server for server in two_edges(fleet)}
+        cloud = fleet.wait(launched)
         settings = DeviceSettings(
             broker=",".join(server.broker for server in edges.values()), cloud=cloud.broker, deadline_s=DEADLINE_S
         )
@@ -170,7 +177,7 @@ def test_a_new_edge_server_is_used_within_three_seconds(bundle: Path) -> None:
 def test_a_frozen_server_is_hedged_around_and_used_again_within_five_seconds(bundle: Path) -> None:
     """Stopped in mid-air it is connected and mute: the other one answers in time; awake, it is used again."""
     with Fleet([bundle]) as fleet:
-        servers = [fleet.start("edge", name=f"edge-{letter}") for letter in "ab"]
+        servers = two_edges(fleet)
         names = {name(server): server for server in servers}
         brokers = ",".join(server.broker for server in servers)
         with Device.open(bundle, DeviceSettings(broker=brokers, deadline_s=DEADLINE_S)) as device:

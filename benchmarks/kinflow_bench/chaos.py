@@ -61,7 +61,6 @@ def full(faults: int, inferences: int, devices: int, seed: int) -> Plan:
 
 SHORT = Plan(
     (
-        "kill_edge",
         "freeze_edge",
         "freeze_edge_broker",
         "half_open",
@@ -70,7 +69,6 @@ SHORT = Plan(
         "duplicate_replies",
         "clock_jumps",
         "device_clocks_jump",
-        "rolling_restart",
         "kill_everything",
     ),
     inferences=800,
@@ -80,7 +78,7 @@ SHORT = Plan(
     rest_s=0.5,
     interval_s=0.15,
 )
-"""What continuous integration runs: once each of the faults that differ most, in about a minute."""
+"""What continuous integration runs, in less than a minute: faults that differ much and cost few starts of a server."""
 
 
 def run(family: Path, images: Path, plan: Plan, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

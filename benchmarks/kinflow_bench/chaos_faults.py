@@ -65,8 +65,7 @@ def kill_both_edges(site: Site, hold_s: float) -> str:
     for name in ("edge-a", "edge-b"):
         site.kill(name)
     time.sleep(hold_s)
-    for name in ("edge-b", "edge-a"):
-        site.start(name)
+    site.start_together("edge-b", "edge-a")
     return "edge-a"
 
 
@@ -75,8 +74,7 @@ def kill_everything(site: Site, hold_s: float) -> str:
     for name in ("edge-a", "edge-b", "cloud"):
         site.kill(name)
     time.sleep(hold_s)
-    for name in ("cloud", "edge-b", "edge-a"):
-        site.start(name)
+    site.start_together("cloud", "edge-b", "edge-a")
     return "edge-a"
 
 

@@ -63,8 +63,7 @@ class Site:
                 self.links[name] = stack.enter_context(ShapingProxy("127.0.0.1", self._ports[name]))
             self.links["up"] = stack.enter_context(ShapingProxy("127.0.0.1", self._ports["cloud"]))
             stack.callback(self.stop_devices)
-            for name in ("cloud", "edge-a", "edge-b"):
-                self.start(name)
+            self.start_together("cloud", "edge-a", "edge-b")
             self._stack = stack.pop_all()
         return self
 
@@ -75,17 +74,24 @@ class Site:
 
     # Servers
 
-    def start(self, name: str, *options: str) -> ServerProcess:
-        """Start a server on its port. A name of its own for each start: nobody mistakes the new one for the old."""
+    def start(self, name: str) -> None:
+        """Start a server on its port."""
+        self.start_together(name)
+
+    def start_together(self, *names: str) -> None:
+        """Several: they come up beside each other."""
+        for name in names:
+            self.servers[name] = self._launch(name)
+        for name in names:
+            self.fleet.wait(self.servers[name])
+
+    def _launch(self, name: str) -> ServerProcess:
+        """A name of its own for each start: nobody mistakes the new one for the old."""
         self._starts += 1
         tier = "cloud" if name == "cloud" else "edge"
-        if tier == "edge":
-            options = ("--upstream", self.links["up"].address, *options)
-        server = self.fleet.start(
-            tier, "--port", str(self._ports[name]), "--no-advertise", *options, name=f"{name}-{self._starts}"
-        )
-        self.servers[name] = server
-        return server
+        upstream = ("--upstream", self.links["up"].address) if tier == "edge" else ()
+        options = ("--port", str(self._ports[name]), "--no-advertise", *upstream)
+        return self.fleet.launch(tier, *options, name=f"{name}-{self._starts}")
 
     @contextmanager
     def beside(self, tier: Tier, bundles: Sequence[Path], *options: str) -> Iterator[ServerProcess]:

@@ -144,7 +144,7 @@ def chaos(
     inferences: Annotated[int, typer.Option(help="How many inferences, at least.", min=1)] = 20_000,
     devices: Annotated[int, typer.Option(help="How many devices.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Draws the order of the faults.")] = 0,
-    short: Annotated[bool, typer.Option("--short", help="Eleven faults in about a minute, instead.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="Nine faults in less than a minute, instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Kill, freeze, cut, slow down and restart everything under devices that ask without pause."""

@@ -24,6 +24,8 @@ from kinflow_edge.text.model import ServedText
 
 INTERVAL_S = 5.0
 TIMEOUT_S = 5.0
+# What failed is tested again sooner, and before the other families: is it over, or is it so?
+AGAIN_S = 0.5
 # One may be lost with a connection that is just being replaced.
 FAILING_AFTER = 2
 
@@ -79,6 +81,8 @@ class SelfTest:
             self._failures = 0
         elif not isinstance(error, ServerBusy):  # a long queue is no failure
             self._failures += 1
+            self._next -= 1
+            self._at_s = min(self._at_s, now_s + AGAIN_S)
             self._error = f"its own test inference fails: {error}"
 
     def _send(self) -> Future[Answered[Reply]] | Future[Answered[Verdict]]:

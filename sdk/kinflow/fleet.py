@@ -34,6 +34,9 @@ class ServerProcess:
     """What the server said when it was ready: node, tier, broker, broker_kind, broker_pid, …"""
     events: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
     """What it said later."""
+    errors: list[str] = field(default_factory=list)
+    """The last lines of its standard error."""
+    reader: threading.Thread = field(default_factory=threading.Thread)
 
     @property
     def broker(self) -> str:
@@ -49,7 +52,10 @@ class ServerProcess:
 
 
 class Fleet:
-    """Started and stopped with `with`. `start` adds a server and returns when it is ready."""
+    """Started and stopped with `with`. `start` adds a server and returns when it is ready.
+
+    Several come up in less time when each is launched before the first is waited for.
+    """
 
     def __init__(self, bundles: Sequence[str | Path]) -> None:
         self._bundles = [str(bundle) for bundle in bundles]
@@ -70,7 +76,11 @@ class Fleet:
         return cloud, edge
 
     def start(self, tier: str, *options: str, name: str = "") -> ServerProcess:
-        """Run `kinflow <tier>`. Raises LinkError with the server's own words when it does not get ready."""
+        """`launch`, and wait until it is ready."""
+        return self.wait(self.launch(tier, *options, name=name))
+
+    def launch(self, tier: str, *options: str, name: str = "") -> ServerProcess:
+        """Run `kinflow <tier>`."""
         name = name or tier
         command = [sys.executable, "-m", "kinflow", tier, *self._bundles, "--json"]
         command += ["--node", f"{name}-{time.time_ns() % 10**8:08d}"]
@@ -81,18 +91,22 @@ class Fleet:
         process = children.spawn([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         server = ServerProcess(name, process)
         self.servers[name] = server
-        errors: list[str] = []
         threading.Thread(target=_read_events, args=(server,), daemon=True).start()
-        reader = threading.Thread(target=_read_lines, args=(process, errors), daemon=True)
-        reader.start()
+        server.reader = threading.Thread(target=_read_lines, args=(process, server.errors), daemon=True)
+        server.reader.start()
+        return server
+
+    def wait(self, server: ServerProcess) -> ServerProcess:
+        """Until it is ready. Raises LinkError with the server's own words when it does not get that far."""
         try:
             server.ready = server.events.get(timeout=READY_TIMEOUT_S)
         except queue.Empty:
             server.ready = {"event": "silent"}
         if server.ready["event"] != "ready":
-            status = children.stop(process)
-            reader.join(1.0)
-            raise LinkError(f"`kinflow {tier}` did not get ready, status {status}: {' '.join(errors[-3:])}")
+            status = children.stop(server.process)
+            server.reader.join(1.0)
+            said = " ".join(server.errors[-3:])
+            raise LinkError(f"the {server.name} server did not get ready, status {status}: {said}")
         return server
 
     def news(self) -> list[str]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from kinflow import topics
-from kinflow.errors import FrameError, LinkError, LinkLost, LinkTimeout, ServerFailed
+from kinflow.errors import FamilyMismatch, FrameError, LinkError, LinkLost, LinkTimeout, ServerFailed
 from kinflow.frame import Buffer, pack, unpack
-from kinflow.messages import Busy, Failure, Fetch, Message, Part, Tier
+from kinflow.link import MAX_NODES
+from kinflow.messages import Busy, Failure, Fetch, Message, NodeStatus, Part, Tier
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.tls import Credentials
 
@@ -20,6 +21,8 @@ CONNECT_TIMEOUT_S = 5.0
 PART_TIMEOUT_S = 5.0
 ATTEMPTS = 6
 MAX_PAUSE_S = 2.0
+# Who waits so long without an answer looks whether there is anybody to give one.
+LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,15 @@ class BundleSource:
         self._family = family
         self._client = client_id if tls is None else str(tls.identity)
         self._topic = topics.bundle(tier, family, self._client)
+        self._tier = tier
+        self._nodes: dict[str, NodeStatus] = {}
         self._came: queue.SimpleQueue[tuple[Message, bytes]] = queue.SimpleQueue()
         self._connection = Connection(
-            address, client_id, on_message=self._on_message, subscriptions=[topics.reply(self._client)], tls=tls
+            address,
+            client_id,
+            on_message=self._on_message,
+            subscriptions=[topics.reply(self._client), topics.ALL_STATUS],
+            tls=tls,
         )
 
     def __enter__(self) -> BundleSource:
@@ -59,7 +68,10 @@ class BundleSource:
         self._connection.close()
 
     def read(self, path: str, offset: int, length: int = PART_BYTES) -> Chunk:
-        """At most `length` bytes from `offset` on. Raises ServerFailed, LinkLost or LinkTimeout after several tries."""
+        """At most `length` bytes from `offset` on. Raises LinkLost or LinkTimeout after several tries.
+
+        ServerFailed at once: a server refuses, or those that are there do not serve this family.
+        """
         error: LinkError = LinkTimeout(f"no server at {self.address} sent {path}")
         for attempt in range(ATTEMPTS):
             request = Fetch(os.urandom(16), self._client, self._family, path, offset, length)
@@ -77,9 +89,10 @@ class BundleSource:
         until_s = time.monotonic() + PART_TIMEOUT_S
         while (left_s := until_s - time.monotonic()) > 0:
             try:
-                message, payload = self._came.get(timeout=left_s)
+                message, payload = self._came.get(timeout=min(left_s, LOOK_S))
             except queue.Empty:
-                break
+                self._check_served()
+                continue
             if getattr(message, "id", b"") != request.id:
                 continue  # of an earlier attempt
             if isinstance(message, Part) and len(payload) <= request.length:
@@ -91,9 +104,23 @@ class BundleSource:
                 raise ServerFailed(message.node, message.code, message.message)
         raise LinkTimeout(f"no server at {self.address} sent {request.path} within {PART_TIMEOUT_S:.0f} s")
 
+    def _check_served(self) -> None:
+        """Nobody answers: raises ServerFailed when there are servers, and none of them has the family."""
+        nodes = [node for node in self._nodes.values() if node.tier == self._tier]
+        served = {family.family for node in nodes for family in node.families}
+        if served and self._family not in served:
+            names = ", ".join(sorted(served))
+            raise ServerFailed(nodes[0].node, FamilyMismatch.code, f"{names} is served here, not {self._family}")
+
     def _on_message(self, _topic: str, data: Buffer) -> None:
+        if not data:
+            return  # a node that is gone
         try:
             message, payload = unpack(data)
-            self._came.put((message, bytes(payload)))
         except FrameError:
             return  # the attempt times out and is repeated
+        if isinstance(message, NodeStatus):
+            if message.node in self._nodes or len(self._nodes) < MAX_NODES:
+                self._nodes[message.node] = message
+        else:
+            self._came.put((message, bytes(payload)))
