@@ -78,9 +78,9 @@ def test_a_device_whose_certificate_does_not_hold_tightens_its_threshold_and_say
     bundle = copy_bundle(tmp_path / "bundle", thresholds={"device": 0.0, "edge": 0.0})
     family = Family.load(bundle)
     own, above = (
-        [member_answer(family, name, image)[0] for image in sample_images(300)] for name in ("device", "edge")
+        [member_answer(family, name, image)[0] for image in sample_images(600)] for name in ("device", "edge")
     )
-    images = sample_images(300)[np.array(own) != np.array(above)]
+    images = sample_images(600)[np.array(own) != np.array(above)]
     assert len(images)
     with Fleet([bundle]) as fleet, caplog.at_level(logging.WARNING, "kinflow.device"):
         server = fleet.start("edge")
