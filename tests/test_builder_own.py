@@ -115,11 +115,19 @@ def test_the_bundle_is_the_strangers(built: Path) -> None:
 def test_it_runs_in_three_tiers(built: Path, photos: Path) -> None:
     """Unchanged, between a device that is unsure of everything, an edge server and a cloud server."""
     with running("cloud", str(built), "--json", "--listen", LOOPBACK, "--port", "0", "--no-advertise") as cloud:
-        above = f"{LOOPBACK}:{cloud.ready()['port']}"
+        above = cloud.ready()["broker"]
         options = ("--listen", LOOPBACK, "--port", "0", "--no-advertise", "--upstream", above)
         with running("edge", str(built), "--json", *options) as edge:
-            broker = f"{LOOPBACK}:{edge.ready()['port']}"
-            options = ("--bundle", str(built), "--broker", broker, "--threshold", "1", "--deadline", "20")
+            options = (
+                "--bundle",
+                str(built),
+                "--broker",
+                edge.ready()["broker"],
+                "--threshold",
+                "1",
+                "--deadline",
+                "20",
+            )
             with running("run", str(photos / CLASSES[0]), *options, "--limit", "8", "--json") as device:
                 assert device.wait() == 0, device.err[-5:]
     answers = [json.loads(line) for line in device.out if "label" in line]
