@@ -57,11 +57,9 @@ if [ -n "$uninstall" ]; then
         if id kinflow >/dev/null 2>&1; then userdel kinflow; fi
     fi
     if [ "$(readlink "$bin/kinflow" || true)" = "$prefix/venv/bin/kinflow" ]; then rm "$bin/kinflow"; fi
-    # onnxruntime keeps a folder of its own, too.
-    cache=$HOME/.cache/Microsoft
-    rm -rf "$prefix" "$settings/device.toml" "$cache/DeveloperTools/.onnxruntime"
+    rm -rf "$prefix" "$settings/device.toml"
     # Only if nothing else is in them; /usr/local/bin is the system's.
-    for folder in "$settings" "$cache/DeveloperTools" "$cache" "$HOME/.local/bin"; do
+    for folder in "$settings" "$HOME/.local/bin"; do
         rmdir "$folder" 2>/dev/null || true
     done
     echo "kinflow is removed"

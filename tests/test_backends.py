@@ -202,3 +202,19 @@ def test_a_runtime_that_does_not_load_is_a_named_error(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "BackendError: ONNX Runtime is installed but does not load: initialization failed" in ended.stderr
+
+
+def test_the_runtime_reports_to_nobody(tmp_path: Path) -> None:
+    """ONNX Runtime notes down an id and its events below the home folder as soon as telemetry is on: it is not."""
+    code = (
+        "import kinflow, numpy, sys; device = kinflow.Family.load(sys.argv[1]).member('device'); "
+        "device.run(numpy.zeros((1, 1, 28, 28), 'f4'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parents[1] / "families/fashion/bundle")],
+        env={**environment, "HOME": str(tmp_path)},
+        check=True,
+        timeout=120,
+    )
+    assert list(tmp_path.iterdir()) == []

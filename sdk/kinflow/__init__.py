@@ -1,5 +1,11 @@
 """kinflow: a small device uses a big model's judgement only when it needs it."""
 
+import os
+
+# ONNX Runtime's wheels for Linux report to their maker from 1.29 on. What their import has noted is sent even after
+# `disable_telemetry_events`; this alone stops it, and only if it is there before the import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from kinflow.answer import Answer, Timings
 from kinflow.device import Device
 from kinflow.errors import (

@@ -39,7 +39,7 @@ class OnnxRunner:
         except ImportError as exc:  # a wheel for another processor; also Ctrl-C while it loads
             raise BackendError(f"ONNX Runtime is installed but does not load: {exc}: see `kinflow doctor`") from exc
 
-        # A device is not to report to its runtime's maker. (The import alone leaves an id below ~/.cache.)
+        # For an app that imported it before kinflow, which switches telemetry off (kinflow/__init__.py).
         onnxruntime.disable_telemetry_events()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
