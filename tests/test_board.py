@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -198,3 +199,36 @@ def test_the_firmware_is_asked_where_the_kernel_does_not_tell(
         assert "throttled" in board().reason
     assert watch.ask_firmware("/bin/false") is None
     assert watch.ask_firmware(str(folder / "absent")) is None
+
+
+def test_tegrastats_completes_what_the_kernel_does_not_tell() -> None:
+    """Heat of the processors alone, GPU load, the module's power; what the kernel's files say stays."""
+    bare = replace(state_at(temperature_c=None), gpu_load=None, power_w=None)
+    orin = tegrastats.completed(bare, tegrastats.parse(ORIN))
+    assert (orin.temperature_c, orin.gpu_load, orin.power_w) == (49.5, 0.37, 4.94)
+    nano = tegrastats.completed(bare, tegrastats.parse(NANO))
+    assert (nano.temperature_c, nano.gpu_load, nano.power_w) == (41.5, 0.99, 2.532)
+    told = replace(bare, temperature_c=60.0, gpu_load=0.1, power_w=9.0)
+    assert tegrastats.completed(told, tegrastats.parse(ORIN)) == told
+
+
+def test_the_watch_of_a_jetson_reads_tegrastats(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The running program's lines reach state and strain where no sensor is a file, and it ends with the watch."""
+    faces.write(tmp_path, faces.FACES["jetson-orin"])
+    shutil.rmtree(tmp_path / "sys/class/thermal")
+    folder = tmp_path_factory.mktemp("bin")
+    program = folder / "tegrastats"
+    line = ORIN.replace("tj@49.5C", "tj@79.5C")
+    program.write_text(f"#!/bin/sh\necho $$ >{folder}/pid\necho garbage\nwhile :; do echo '{line}'; sleep 0.1; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    with BoardWatch(root=tmp_path, interval_s=0.01) as board:
+        give_up_s = time.monotonic() + 20
+        while board().share == 0:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        assert "80 °C" in board().reason or "79 °C" in board().reason
+        assert board.state.temperature_c == 79.5
+    assert not Path(f"/proc/{(folder / 'pid').read_text().strip()}").exists()

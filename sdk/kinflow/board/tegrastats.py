@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from kinflow.board.state import BoardState
 from kinflow.errors import InputError
+
+# Processors' sensors; others are of the power chip, of memory, or a mean. And the rail of the whole module.
+_PROCESSORS = ("cpu", "gpu", "soc", "tj")
+_WHOLE = ("VDD_IN", "POM_5V_IN")
 
 
 @dataclass(frozen=True)
@@ -41,4 +46,16 @@ def parse(line: str) -> Tegrastats:
         power_mw={
             name: int(value) for name, value in re.findall(r"(V\w+|POM_\w+) (\d+)(?:mW)?/\d+(?:mW)?(?= |$)", line)
         },
+    )
+
+
+def completed(state: BoardState, said: Tegrastats) -> BoardState:
+    """`state` with what its kernel's files do not tell: heat of the processors, GPU load, power of the module."""
+    heat = [value for name, value in said.temperatures_c.items() if name.lower().startswith(_PROCESSORS)]
+    power = [said.power_mw[rail] / 1000 for rail in _WHOLE if rail in said.power_mw]
+    return replace(
+        state,
+        temperature_c=max(heat, default=None) if state.temperature_c is None else state.temperature_c,
+        gpu_load=said.gpu_load if state.gpu_load is None else state.gpu_load,
+        power_w=next(iter(power), None) if state.power_w is None else state.power_w,
     )

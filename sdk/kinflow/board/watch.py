@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from kinflow.board import throttled
+from kinflow.board import tegrastats, throttled
 from kinflow.board.state import read_state
 from kinflow.board.strain import judge
+from kinflow.board.tegra import Tegra
 from kinflow.errors import InputError
 from kinflow.logs import event
 from kinflow.policy import Strain
@@ -30,10 +31,14 @@ class BoardWatch:
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._tegra: Tegra | None = None
         self.state = read_state(root)
         self._strain = judge(self.state)
 
     def __enter__(self) -> BoardWatch:
+        program = shutil.which("tegrastats") if self.state.kind == "jetson" else None
+        if program is not None:
+            self._tegra = Tegra(program, self._interval_s).__enter__()
         self._thread = threading.Thread(target=self._watch, name="kinflow-board", daemon=True)
         self._thread.start()
         return self
@@ -44,6 +49,8 @@ class BoardWatch:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        if self._tegra is not None:
+            self._tegra.__exit__(kind, error, trace)
 
     def __call__(self) -> Strain:
         return self._strain
@@ -54,6 +61,8 @@ class BoardWatch:
             state = read_state(self._root)
             if state.throttled is None and vcgencmd is not None:
                 state = replace(state, throttled=ask_firmware(vcgencmd))
+            if self._tegra is not None and (said := self._tegra.said) is not None:
+                state = tegrastats.completed(state, said)
             strain = judge(state)
             if (strain.share > 0) != (self._strain.share > 0):
                 event(log, logging.INFO, "strain", share=strain.share, reason=strain.reason)
