@@ -1,29 +1,31 @@
 #!/bin/sh
 # Installs kinflow on a board from this checkout; the scripts in raspberrypi/ and jetson/ call it.
-# usage: install.sh BOARD [--service] [--uninstall] [--extras LIST] [--wheels FOLDER]
+# usage: install.sh BOARD [--service] [--uninstall] [--family NAME] [--extras LIST] [--wheels FOLDER]
 #
 #   (nothing)     for this user, without root: ~/.local/share/kinflow, ~/.local/bin/kinflow
 #   --service     for the machine, as root: /opt/kinflow, /etc/kinflow/device.toml, kinflow-device.service
 #   --uninstall   removes what the same call without it made, settings included
+#   --family      one of families/: imagenet_lite for photographs; else the one installed before, or fashion
 #   --extras      instead of the board's own, e.g. tflite,cli
 #   --wheels      install from this folder of wheels, without a network
 #
-# Calling it again updates: the packages anew, settings as you left them.
+# Calling it again updates: the packages anew, settings as you left them (their bundle follows --family).
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 project=$(dirname "$here")
-board=${1:?usage: install.sh raspberrypi|jetson [--service] [--uninstall] [--extras LIST] [--wheels FOLDER]}
+board=${1:?usage: install.sh raspberrypi|jetson [--service] [--uninstall] [--family NAME] [--extras LIST] [--wheels FOLDER]}
 shift
 [ -f "$here/$board/device.toml" ] || { echo "error: there is no board $board, only raspberrypi and jetson" >&2; exit 2; }
 
 # What pip installs, and whether Python sees the system's packages, differs by board.
-extras= venv_options= wheels= service= uninstall=
+extras= venv_options= wheels= service= uninstall= chosen=
 . "$here/$board/board.sh"
 while [ $# -gt 0 ]; do
     case $1 in
     --service) service=yes ;;
     --uninstall) uninstall=yes ;;
+    --family) chosen=${2:?--family needs a name}; shift ;;
     --extras) extras=${2:?--extras needs a list}; shift ;;
     --wheels) wheels=$(cd "${2:?--wheels needs a folder}" && pwd); shift ;;
     *) echo "error: unknown option $1" >&2; exit 2 ;;
@@ -74,6 +76,15 @@ python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 python3 -c 'import venv, ensurepip' 2>/dev/null ||
     { echo "error: python3 lacks venv: sudo apt install python3-venv" >&2; exit 2; }
 
+for before in "$prefix"/families/*; do [ ! -d "$before" ] || family=$(basename "$before"); done
+family=${chosen:-$family}
+case $family in */* | .*) there= ;; *) there=$project/families/$family/bundle ;; esac
+if [ -z "$there" ] || [ ! -e "$there/family.json" ]; then
+    echo "error: --family $family: there is no bundle of it here, only of:" >&2
+    for each in "$project"/families/*/bundle; do echo "  $(basename "$(dirname "$each")")" >&2; done
+    exit 2
+fi
+
 mkdir -p "$prefix" "$bin" "$settings"
 # An environment whose Python has gone (an upgrade of the system) is made anew.
 if ! "$prefix/venv/bin/python" -c '' 2>/dev/null; then
@@ -89,7 +100,7 @@ fi
 "$prefix/venv/bin/python" -m pip install --disable-pip-version-check --quiet --upgrade --prefer-binary "$@"
 rm -rf "$prefix/families"
 mkdir "$prefix/families"
-cp -R "$project/families/$family/bundle" "$prefix/families/$family"
+cp -R "$there" "$prefix/families/$family"
 if [ -e "$bin/kinflow" ] && [ "$(readlink "$bin/kinflow" || true)" != "$prefix/venv/bin/kinflow" ]; then
     echo "error: $bin/kinflow is there and not ours: remove it, then call this again" >&2
     exit 2
@@ -98,7 +109,10 @@ ln -sf "$prefix/venv/bin/kinflow" "$bin/kinflow"
 
 mkdir -p "$state"
 "$prefix/venv/bin/kinflow" tune "$prefix/families/$family" --out "$state/tuned.toml"
-if [ ! -e "$settings/device.toml" ]; then
+if [ -e "$settings/device.toml" ]; then
+    # Only a bundle of ours: one that its owner put elsewhere stays named.
+    sed -i "s|^\(bundle = \"$prefix/families/\)[^\"]*|\1$family|" "$settings/device.toml"
+else
     sed "s|@bundle@|$prefix/families/$family|; s|@state@|$state|" "$here/$board/device.toml" >"$settings/device.toml"
 fi
 

@@ -35,6 +35,8 @@ def test_scripts_parse(script: Path) -> None:
         (["nonsense"], "there is no board nonsense"),
         (["raspberrypi", "--nonsense"], "unknown option --nonsense"),
         (["jetson", "--extras"], "--extras needs a list"),
+        (["jetson", "--family", "absent"], "--family absent: there is no bundle of it here, only of:"),
+        (["jetson", "--family", "../families/fashion"], "there is no bundle of it here"),
     ],
 )
 def test_install_refuses_what_it_does_not_know(words: list[str], said: str, tmp_path: Path) -> None:
