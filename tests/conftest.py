@@ -30,6 +30,7 @@ CLONE_NEWNET = 0x40000000
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
 
 
+@pytest.hookimpl(optionalhook=True)  # an emulated board has pytest alone
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto`: a worker for each core where each can have a network of its own, else none.
 

@@ -120,6 +120,9 @@ wheels() {
     mv "$cache/wheels.part" "$wheels"
 }
 
+# One at a time: test runs beside each other share the cache.
+exec 9>"$cache/.lock"
+flock 9
 [ -x "$cache/qemu-aarch64" ] || emulator
 packages=python3,python3-venv,libstdc++6,libgomp1,dash,coreutils,sed,grep,login,passwd,util-linux,findutils
 [ -d "$cache/root" ] || root "$cache/root" "$packages"

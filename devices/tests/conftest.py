@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,21 @@ FAMILIES = sorted(path.parent for path in ROOT.glob("families/*/bundle/family.js
 VENV = "/root/.local/share/kinflow/venv"
 # pip need not compile under emulation: what it would write is compiled here.
 QUICK = {"PIP_NO_COMPILE": "1"}
+
+
+def spent_s() -> float:
+    """Seconds of processor so far, of this process and of those that it has waited for."""
+    used = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Each test says what it cost: unlike its duration, that is the same on a busy machine."""
+    before_s = spent_s()
+    result = yield
+    print(f"\n{item.nodeid}: {spent_s() - before_s:.0f} s of processor", file=sys.stderr)
+    return result
 
 
 def why_not() -> str:
