@@ -134,7 +134,8 @@ if [ -n "$machine" ]; then
     [ -e "$cache/initrd.gz" ] || initrd virtio_mmio virtio_blk ext4
 fi
 # Anew whenever a dependency has changed, or what is done here with them.
-made_of=$(sed -n '/^dependencies = /,/^\[project.scripts\]/p' "$project/pyproject.toml" && sed -n '/^wheels()/,/^}/p' "$0")
+wanted='/^dependencies = /,/^]/p; /^onnx = /p; /^tflite/p; /^cli = /p'
+made_of=$(sed -n "$wanted" "$project/pyproject.toml" && sed -n '/^wheels()/,/^}/p' "$0")
 wheels=$cache/wheels-$(echo "$made_of" | sha256sum | cut -c1-12)
 [ -d "$wheels" ] || wheels
 echo "$wheels"
