@@ -85,11 +85,23 @@ class Writer:
         root = self.node("Sqrt", [self.node("Add", [mean, self.constant("epsilon", epsilon)])])
         return self.node("Mul", [self.node("Div", [values, root]), self.constant(name, weight)])
 
+    def added_and_normed(self, values: str, more: str, name: str, weight: Floats, epsilon: float) -> tuple[str, str]:
+        """values + more, and `norm` of it: onnxruntime has both as one node."""
+        kind = "SkipSimplifiedLayerNormalization"
+        normed, total = f"normed{len(self.nodes)}", f"total{len(self.nodes)}"
+        inputs, outputs = [values, more, self.constant(name, weight)], [normed, "", "", total]
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=normed, domain=CONTRIB, epsilon=epsilon))
+        return total, normed
+
+    def split(self, values: str, *sizes: int, axis: int) -> list[str]:
+        parts = [f"part{len(self.nodes)}_{at}" for at in range(len(sizes))]
+        inputs = [values, self.integers(*sizes)]
+        self.nodes.append(helper.make_node("Split", inputs, parts, name=parts[0], axis=axis))
+        return parts
+
     def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, "segment", inputs, outputs, list(self.constants.values()))
-        opsets = [helper.make_opsetid("", OPSET)]
-        if self.precision == "int8":
-            opsets.append(helper.make_opsetid(CONTRIB, 1))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         made = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="kinflow")
         onnx.checker.check_model(made)
         return made
@@ -129,13 +141,20 @@ def stack(
     # The queries that share a key stand one behind another, so that no key is copied: the mask is repeated for them.
     writer.node("Concat", ["bias"] * (shape.heads // shape.kv_heads), "mask", axis=2)
     presents: list[str] = []
+    normed = writer.norm(hidden, "0.attention_norm", layers[0]["attention_norm"], shape.epsilon)
     for index, weights in enumerate(layers):
-        hidden = _layer(writer, shape, index, weights, hidden, presents)
+        mixed = _attention(writer, shape, index, weights, normed, presents)
+        hidden, normed = writer.added_and_normed(hidden, mixed, f"{index}.mlp_norm", weights["mlp_norm"], shape.epsilon)
+        opened = _mlp(writer, shape, index, weights, normed)
+        # What comes next takes it normed: the next layer, or what is behind the segment.
+        following = layers[index + 1]["attention_norm"] if index + 1 < len(layers) else norm
+        if following is None:
+            hidden = writer.node("Add", [hidden, opened])
+        else:
+            hidden, normed = writer.added_and_normed(hidden, opened, f"{index}.next_norm", following, shape.epsilon)
     joined = writer.node("Concat", presents, axis=2)
     writer.node("Reshape", [joined, writer.integers(0, 0, len(layers), 2, shape.kv_heads, shape.head_size)], "present")
-    if norm is not None:
-        hidden = writer.norm(hidden, "norm", norm, shape.epsilon)
-    writer.node("Identity", [hidden], "result")
+    writer.node("Identity", [hidden if norm is None else normed], "result")
     return writer.model(inputs, outputs)
 
 
@@ -147,18 +166,14 @@ def head(weight: Floats, precision: Precision = "float") -> onnx.ModelProto:
     return writer.model([_tensor("hidden", ["rows", width])], [_tensor("logits", ["rows", vocabulary])])
 
 
-def _layer(writer: Writer, shape: Shape, index: int, weights: Weights, hidden: str, presents: list[str]) -> str:
-    def linear(values: str, name: str) -> str:
-        return writer.linear(values, f"{index}.{name}", weights[name])
-
-    def norm(values: str, name: str) -> str:
-        return writer.norm(values, f"{index}.{name}", weights[name], shape.epsilon)
-
-    size = shape.head_size
-    normed = norm(hidden, "attention_norm")
-    query = _rotated(writer, _heads(writer, linear(normed, "query"), shape.heads, size), size)
-    key = _rotated(writer, _heads(writer, linear(normed, "key"), shape.kv_heads, size), size)
-    value = _heads(writer, linear(normed, "value"), shape.kv_heads, size)
+def _attention(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str, presents: list[str]) -> str:
+    """What a layer's attention adds. Nodes cost time, even small ones: so one product makes queries, keys and values."""
+    size, heads, kv_heads = shape.head_size, shape.heads, shape.kv_heads
+    scaled = weights["query"] * np.float32(size**-0.5)
+    joined = np.concatenate([scaled, weights["key"], weights["value"]])
+    all_heads = _heads(writer, writer.linear(normed, f"{index}.joined", joined), heads + 2 * kv_heads, size)
+    turning, value = writer.split(all_heads, heads + kv_heads, kv_heads, axis=2)
+    query, key = writer.split(_rotated(writer, turning, size), heads, kv_heads, axis=2)
     for part in (key, value):
         presents.append(writer.node("Unsqueeze", [part, writer.integers(2)]))
     keys, values = (
@@ -172,18 +187,20 @@ def _layer(writer: Writer, shape: Shape, index: int, weights: Weights, hidden: s
         )
         for place, part in enumerate((key, value))
     )
-    mixed = _attend(writer, shape, query, keys, values)
-    hidden = writer.node("Add", [hidden, linear(mixed, "output")])
-    normed = norm(hidden, "mlp_norm")
-    gate = linear(normed, "gate")
+    return writer.linear(_attend(writer, shape, query, keys, values), f"{index}.output", weights["output"])
+
+
+def _mlp(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str) -> str:
+    """What a layer's MLP adds."""
+    both = writer.linear(normed, f"{index}.gate_up", np.concatenate([weights["gate"], weights["up"]]))
+    gate, up = writer.split(both, shape.inner, shape.inner, axis=-1)
     opened = writer.node("Mul", [gate, writer.node("Sigmoid", [gate])])
-    return writer.node("Add", [hidden, linear(writer.node("Mul", [opened, linear(normed, "up")]), "down")])
+    return writer.linear(writer.node("Mul", [opened, up]), f"{index}.down", weights["down"])
 
 
 def _attend(writer: Writer, shape: Shape, query: str, keys: str, values: str) -> str:
-    """query [B,T,heads,D], keys and values [B,H,S,D] -> [B,T,heads*D]"""
-    scaled = writer.node("Mul", [query, writer.constant("scale", shape.head_size**-0.5)])
-    turned = writer.node("Transpose", [scaled], perm=[0, 2, 1, 3])
+    """query [B,T,heads,D], scaled; keys and values [B,H,S,D] -> [B,T,heads*D]"""
+    turned = writer.node("Transpose", [query], perm=[0, 2, 1, 3])
     grouped = writer.node("Reshape", [turned, writer.integers(0, shape.kv_heads, -1, shape.head_size)])
     scores = writer.node("MatMul", [grouped, writer.node("Transpose", [keys], perm=[0, 1, 3, 2])])
     shares = writer.node("Softmax", [writer.node("Add", [scores, "mask"])], axis=-1)
@@ -205,15 +222,15 @@ def _rotary(writer: Writer, shape: Shape) -> None:
     angles = writer.node("Mul", [column, writer.constant("frequencies", frequencies)])
     both = writer.node("Concat", [angles, angles], axis=-1)
     writer.node("Cos", [both], "cosine")
-    writer.node("Sin", [both], "sine")
+    # Against the halves changed over, the first of which counts negative.
+    signs = np.repeat(np.array([-1, 1], np.float32), shape.head_size // 2)
+    writer.node("Mul", [writer.node("Sin", [both]), writer.constant("signs", signs)], "sine")
 
 
 def _rotated(writer: Writer, vectors: str, size: int) -> str:
     """vectors [B,T,heads,D]; the first half's values are paired with the second's."""
-    half = writer.integers(size // 2)
-    first = writer.node("Slice", [vectors, writer.integers(0), half, writer.integers(-1)])
-    second = writer.node("Slice", [vectors, half, writer.integers(size), writer.integers(-1)])
-    crossed = writer.node("Concat", [writer.node("Neg", [second]), first], axis=-1)
+    first, second = writer.split(vectors, size // 2, size // 2, axis=-1)
+    crossed = writer.node("Concat", [second, first], axis=-1)
     straight = writer.node("Mul", [vectors, "cosine"])
     return writer.node("Add", [straight, writer.node("Mul", [crossed, "sine"])])
 
