@@ -27,7 +27,7 @@ from kinflow.cli.colours import legend, piece, showable, statistics
 from kinflow.fleet import Fleet, ServerProcess
 from kinflow.settings import DeviceSettings
 from kinflow.text.device import TextDevice
-from kinflow.text.generation import Summary, Token
+from kinflow.text.summary import Summary, Token
 from system_fixtures import FASHION, LOOPBACK, running
 from test_cli import cli, refused
 

@@ -19,8 +19,9 @@ from kinflow.settings import DeviceSettings, TextSettings
 from kinflow.text.device import TextDevice
 from kinflow.text.drafter import DeviceModel, Drafter
 from kinflow.text.family import TextFamily
-from kinflow.text.generation import Generation, Mode, Token
+from kinflow.text.generation import Generation
 from kinflow.text.sampling import GREEDY, Sampling, choose
+from kinflow.text.summary import Mode, Token
 from kinflow_bench.reference import Reference
 from kinflow_builder.text.tiny import write_tiny
 

@@ -16,9 +16,10 @@ from kinflow.fleet import Fleet, ServerProcess
 from kinflow.settings import DeviceSettings
 from kinflow.text.device import TextDevice
 from kinflow.text.family import TextFamily
-from kinflow.text.generation import Generation, Mode
+from kinflow.text.generation import Generation
 from kinflow.text.manifest import LOWER
 from kinflow.text.sampling import GREEDY
+from kinflow.text.summary import Mode
 from kinflow_bench.prompts import prompts
 from kinflow_bench.reference import Reference, Text
 from kinflow_bench.shaping import Shape, ShapingProxy

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from kinflow import frame, topics
-from kinflow.errors import FrameError, KinflowError, LinkError
+from kinflow.errors import FrameError, KinflowError, LinkError, Superseded
 from kinflow.logs import event
 from kinflow.messages import Busy, Cancel, Echo, Failure, Message, Probe, Release, Reply, Request, Verdict, Verify
 from kinflow_edge.allowance import Allowance
@@ -29,7 +29,8 @@ class Desk:
         """
         self.node = node
         self.counts: Counter[str] = Counter()
-        """Since the start: served, escalated, busy, limited, repeated, cancelled, expired, lost, and failed:<code>."""
+        """Since the start: served, escalated, busy, limited, repeated, cancelled, expired, lost, superseded, and
+        failed:<code>."""
         self.last_request_s: float | None = None
         """When a request came last (time.monotonic()), the server's own tests aside."""
         self._publish = publish
@@ -131,8 +132,10 @@ class Desk:
         self._send(asked, frame.pack(Busy(asked.id, self.node, queue_s * 1e3)))
 
     def fail(self, asked: Asked, error: KinflowError) -> None:
-        self.counts[f"failed:{error.code}"] += 1
-        event(log, logging.WARNING, "refused", id=asked.id.hex(), code=error.code, error=str(error))
+        usual = isinstance(error, Superseded)  # a client that drafts ahead expects it now and then
+        self.counts["superseded" if usual else f"failed:{error.code}"] += 1
+        level = logging.DEBUG if usual else logging.WARNING
+        event(log, level, "refused", id=asked.id.hex(), code=error.code, error=str(error))
         data = frame.pack(Failure(asked.id, self.node, error.code, str(error)[:512]))
         self._recent.finish(asked.client, asked.id, data)
         self._send(asked, data)

@@ -10,6 +10,7 @@ KinflowError
 ├── CodecError           coded features that do not decode
 ├── FamilyMismatch       family, version, split or codec differ between the two sides
 ├── SessionLost          a server does not hold (any more) what a session builds on
+├── Superseded           a verification followed another that did not end as it had thought
 ├── SessionLimit         a server holds as many sessions, or positions of one, as it may
 ├── BrokerError          no MQTT broker could be started or reached
 ├── OutboxError          what is to be sent later cannot be kept: the outbox is full, or its disk
@@ -67,6 +68,10 @@ class FamilyMismatch(KinflowError):
 
 class SessionLost(KinflowError):
     code = "session-lost"
+
+
+class Superseded(KinflowError):
+    code = "superseded"
 
 
 class SessionLimit(KinflowError):

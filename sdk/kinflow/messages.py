@@ -99,6 +99,11 @@ class Verify(msgspec.Struct, frozen=True, tag="verify", array_like=True):
     """Of the noise that device and servers share."""
     deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_MS)]
     """What is left of the deadline when this was sent."""
+    follows: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] | None = None
+    """Not None: the verification before it, which ended at `start` with drafts, had no verdict yet when this was sent.
+
+    Then CRC-32 of all token ids before `start`: where the session holds others, this is refused and changes nothing.
+    """
 
 
 class Verdict(msgspec.Struct, frozen=True, tag="verdict", array_like=True):

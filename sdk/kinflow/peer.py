@@ -23,6 +23,7 @@ from kinflow.errors import (
     ServerFailed,
     SessionLimit,
     SessionLost,
+    Superseded,
 )
 from kinflow.estimate import Estimator, LinkEstimate
 from kinflow.frame import Buffer
@@ -39,7 +40,7 @@ CLEARING_ECHOES = 3
 SILENT_S = 2.5
 # Every other probe is as large as this, so that the throughput shows.
 PROBE_BYTES = 2048
-SESSION_CODES = (SessionLost.code, SessionLimit.code)
+SESSION_CODES = (SessionLost.code, SessionLimit.code, Superseded.code)
 
 
 @dataclass(frozen=True, eq=False)

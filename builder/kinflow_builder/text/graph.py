@@ -167,7 +167,7 @@ def head(weight: Floats, precision: Precision = "float") -> onnx.ModelProto:
 
 
 def _attention(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str, presents: list[str]) -> str:
-    """What a layer's attention adds. Nodes cost time, even small ones: so one product makes queries, keys and values."""
+    """What a layer's attention adds. Nodes cost time, even small ones: one product makes queries, keys and values."""
     size, heads, kv_heads = shape.head_size, shape.heads, shape.kv_heads
     scaled = weights["query"] * np.float32(size**-0.5)
     joined = np.concatenate([scaled, weights["key"], weights["value"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,6 +79,14 @@ class Session:
             return None
         key = job.verify.confirmed, job.sampling, job.verify.exit
         return self.said.choice if self.said is not None and self.said[:3] == key else None
+
+    def goes_on_with(self, job: Job) -> bool:
+        """For one that follows another: that one's drafts stand, and its own first one is what was said after them."""
+        start = job.verify.start
+        if start != self.length or zlib.crc32(self.tokens.astype("<u4").tobytes()) != job.verify.follows:
+            return False
+        choice = self.recall(job)
+        return choice is not None and len(job.drafts) > 0 and choice.token == job.drafts[0]
 
     def crop(self, length: int) -> None:
         """Forget positions from `length` on."""

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from kinflow.awaited import Answered
-from kinflow.errors import SessionLost
+from kinflow.errors import SessionLost, Superseded
 from kinflow.messages import Cancel, Release, Tier, Verdict
 from kinflow.text.manifest import IDS
 from kinflow.text.sampling import Choice
@@ -71,6 +71,9 @@ class Stages:
             self.drop(job)
             return
         session = self._sessions.get(verify.family, verify.client, verify.session, now_s)
+        if verify.follows is not None and (session is None or (session.job is None and not session.goes_on_with(job))):
+            # Before the job has the session: what is refused changes nothing.
+            raise Superseded(f"the text went on otherwise before position {verify.start}")
         if session is None and verify.start > 0:
             raise SessionLost(f"no such session is here, and the request begins at {verify.start}")
         if session is None:
@@ -123,7 +126,7 @@ class Stages:
             self._sessions.close(session.model.family.id, session.client, session.id)
         if session.closed and session.above is not None:
             self.forget([session])
-        if session.waiting:
+        while session.waiting and session.job is None:
             job = session.waiting.popleft()
             self._desk.guarded(job.verify, partial(self.begin, job), partial(self.undo, job))
 

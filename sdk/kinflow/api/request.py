@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kinflow.ready import ready
-from kinflow.text.generation import Mode
+from kinflow.text.summary import Mode
 
 # Parameters that do not change the text.
 IGNORED = {

@@ -16,7 +16,7 @@ from kinflow.errors import InputError
 
 if TYPE_CHECKING:
     from kinflow.text.device import TextDevice
-    from kinflow.text.generation import Mode
+    from kinflow.text.summary import Mode
 
 HELP = """\
 /mode MODE  whose text it is from now on: family, exact, confident or local

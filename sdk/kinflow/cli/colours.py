@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from kinflow.text.generation import Summary, Token
+    from kinflow.text.summary import Summary, Token
 
 # By tier; the device's colour is for drafts that a server verified, what no server saw has none.
 COLOURS = {"device": "green", "edge": "yellow", "cloud": "magenta"}

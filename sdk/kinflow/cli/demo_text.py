@@ -20,7 +20,7 @@ from kinflow.errors import LinkError
 from kinflow.fleet import Fleet, ServerProcess
 from kinflow.settings import DeviceSettings
 from kinflow.text.device import TextDevice
-from kinflow.text.generation import Mode, Summary
+from kinflow.text.summary import Mode, Summary
 
 FAMILY = Path("families/smollm2")
 FIND_TIMEOUT_S = 15.0

@@ -11,7 +11,7 @@ import typer
 
 from kinflow import settings
 from kinflow.cli.bundles import choose_text_bundle
-from kinflow.text.generation import Mode
+from kinflow.text.summary import Mode
 
 if TYPE_CHECKING:
     from kinflow.text.device import TextDevice

@@ -22,10 +22,11 @@ from kinflow.signing import TrustedKeys
 from kinflow.text.draft import Acceptance, Pace
 from kinflow.text.drafter import DeviceModel, Drafter
 from kinflow.text.family import TextFamily
-from kinflow.text.generation import Generation, Limits, Mode
+from kinflow.text.generation import Generation, Limits
 from kinflow.text.manifest import IDS, Precision
 from kinflow.text.remote import Positions, Remote, Way
 from kinflow.text.sampling import Sampling
+from kinflow.text.summary import Mode
 from kinflow.text.way import choose_way
 from kinflow.uplink import Uplink
 

@@ -7,7 +7,12 @@ ratio of tokens to time is largest where that stops (the marginal value theorem,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from math import ceil, prod
+from operator import mul
+from typing import Literal, NamedTuple
 
 # A bin of confidence starts as if so many drafts had been seen, standing as often as their confidence said.
 PRIOR = 4.0
@@ -15,6 +20,31 @@ BINS = 10
 # What is old counts less: texts change their subject.
 FORGETTING = 0.98
 SMOOTHING = 0.2
+# Drafted while a verdict is under way, where it is likely enough to be of use.
+AHEAD_CHANCE = 0.2
+# What a server's pass is worth, in seconds of waiting for each of its own.
+PASS_PRICE = 0.35
+# Verifications under way at once, however long the way.
+MOST_IN_FLIGHT = 6
+
+Step = Literal["draft", "send", "wait"]
+
+
+class Moment(NamedTuple):
+    """Where drafting stands."""
+
+    in_flight: int
+    """Verifications under way."""
+    unsent: int
+    """Positions that are in none of them."""
+    drafted: int
+    """Drafts that are in none of them."""
+    sent: float
+    """The chance that all drafts under way stand."""
+    fresh: Sequence[float]
+    """The chance of each of the others, if those before it stand."""
+    chance: float
+    """That of the next one; 0 where there can be none."""
 
 
 class Acceptance:
@@ -86,7 +116,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Plan:
-    """When a round's drafting stops."""
+    """When to draft on, when to send, and when to wait."""
 
     floor: float
     """A draft that stands with less than this chance is not worth a server's position."""
@@ -112,3 +142,38 @@ class Plan:
             return False
         round_s = self.way_s + self.server_s + self.others_s + (1 + drafted) * (self.step_s + self.position_s)
         return gain * round_s >= tokens * (self.step_s + self.position_s)
+
+    @property
+    def in_flight(self) -> int:
+        """So many verifications fill the way: one that the server works on, and those that travel meanwhile."""
+        if self.server_s <= 0:
+            return 1
+        return min(1 + ceil(self.way_s / self.server_s), MOST_IN_FLIGHT)
+
+    @property
+    def furthest(self) -> int:
+        """Drafts that there may be at once, in all."""
+        return 2 * self.most
+
+    def step(self, at: Moment) -> Step:
+        """What to do now."""
+        standing = at.sent * prod(at.fresh)
+        may_send = at.unsent > 0 and at.in_flight < self.in_flight and (not at.in_flight or standing >= self.floor)
+        if may_send and (at.drafted >= self.most or not self._wait_for_more(at)):
+            return "send"
+        if at.chance > 0 and (not at.in_flight or standing * at.chance >= AHEAD_CHANCE):
+            return "draft"
+        return "send" if may_send else "wait"
+
+    def _wait_for_more(self, at: Moment) -> bool:
+        """Whether what is unsent should go up with one more draft.
+
+        Until then a draft that is wrong stays undiscovered for a step more; a verification of its own costs a pass.
+        """
+        all_stand = prod(at.fresh) * at.chance
+        if (1 - all_stand) * self.step_s >= PASS_PRICE * self.server_s:
+            return False
+        if at.in_flight:
+            return True
+        tokens = 1 + sum(accumulate(at.fresh, mul))
+        return self.more(at.drafted, tokens, prod(at.fresh), at.chance)

@@ -3,84 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from typing import Literal, NamedTuple
-
-import msgspec
+from math import prod
+from typing import NamedTuple
 
 from kinflow.awaited import Answered
 from kinflow.confidence import read
 from kinflow.errors import InputError, LinkError
 from kinflow.messages import Tier, Verdict
+from kinflow.estimate import HEADER_BYTES
 from kinflow.policy import NoRoute, Route
 from kinflow.text.codec import FeatureCodec
-from kinflow.text.draft import Acceptance, Pace, Plan
+from kinflow.text.draft import Acceptance, Moment, Pace, Plan
 from kinflow.text.drafter import Drafter
 from kinflow.text.manifest import Exit
-from kinflow.text.remote import ID_BYTES, Positions, Remote, Sent, forgot
+from kinflow.text.remote import ID_BYTES, Positions, Remote, Sent, forgot, superseded
 from kinflow.text.sampling import Sampling, choose
+from kinflow.text.summary import Mode, Summary, Token
 from kinflow.text.tokenizer import Stream, Tokenizer
 
-Mode = Literal["exact", "family", "confident", "local"]
-Finish = Literal["", "stop", "length"]
-
-# Drafted while a verdict is under way, where it is likely enough to be of use.
-AHEAD_CHANCE = 0.3
 # Positions of a verification from which nothing is learned about the usual pace: a prompt's.
 USUAL_POSITIONS = 64
 # How long a text waits when its last server is gone, before the device goes on alone.
 PATIENCE_S = 2.0
-
-
-class Token(msgspec.Struct, frozen=True):
-    """One token of the text."""
-
-    id: int
-    text: str
-    """What it adds to the text; empty while a character is not whole."""
-    tier: Tier
-    """Who said it first: the device whose draft stood, or the server that knew better."""
-    probability: float
-    """By the exit that decided."""
-    verified: bool
-    """False: the device's own exit alone decided."""
-
-
-class Summary(msgspec.Struct):
-    """What a text cost; it grows while the text does."""
-
-    mode: Mode
-    prompt_tokens: int = 0
-    tokens: dict[Tier, int] = msgspec.field(default_factory=lambda: {"device": 0, "edge": 0, "cloud": 0})
-    """By tier."""
-    unverified: int = 0
-    """Of the device's tokens, those that no server saw before they were shown."""
-    drafted: int = 0
-    """Drafts that were sent."""
-    accepted: int = 0
-    """Of them, those that stood."""
-    verifications: int = 0
-    passes: int = 0
-    """Forward passes of the servers."""
-    layer_tokens: int = 0
-    """Layers times positions that the servers computed, the prompt's apart."""
-    redone: int = 0
-    """Positions that a server decided from token ids (`exact`)."""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
-    first_token_s: float = 0.0
-    servers: list[str] = []
-    """Nodes that held the session, in their order."""
-    finish: Finish = ""
-    degraded: bool = False
-    """Some token is not what the mode promises; `reason` says why."""
-    reason: str = ""
-
-    @property
-    def count(self) -> int:
-        """Tokens in all."""
-        return sum(self.tokens.values())
 
 
 class Limits(NamedTuple):
@@ -130,6 +76,9 @@ class Generation:
         self._stop = tokenizer.stop_tokens
         self._stream = Stream(tokenizer)
         self._drafts: list[_Draft] = []
+        """Of the positions from `_confirmed` on."""
+        self._flight: deque[Sent] = deque()
+        """Verifications under way, the oldest first. Each begins where the one before it ends."""
         self._confirmed = 0
         """Positions whose token is certain; the device may not have computed the last one yet."""
         self._next: _Draft | None = None
@@ -154,6 +103,7 @@ class Generation:
             while not self.summary.finish:
                 yield from self._confident() if self.summary.mode == "confident" else self._round()
         finally:
+            self._discard()
             self.forget_session()
 
     def forget_session(self) -> None:
@@ -170,19 +120,43 @@ class Generation:
     # One round
 
     def _round(self) -> Iterator[Token]:
-        route = self._route()
-        if isinstance(route, NoRoute):
+        """One verdict; more drafts go up until it is there."""
+        route = self._route() if not self._flight else self._way_on()
+        if isinstance(route, NoRoute) and not self._flight:
             yield from self._alone(route)
             return
-        assert isinstance(self._remote, Remote)
-        plan = self._plan(route)
-        while self._worth(plan):
-            self._draft()
-        sent = self._remote.send(route, self._confirmed)
-        self._draft_ahead(sent)
+        if isinstance(route, Route):
+            self._fill(route)
+        sent = self._flight.popleft()
         answered = self._result(sent)
         if answered is not None:
             yield from self._take(answered, sent)
+
+    def _way_on(self) -> Route | NoRoute:
+        """To the server that works on this text; what is under way ends first where that is another one."""
+        assert isinstance(self._remote, Remote)
+        route = self._remote.route()
+        if isinstance(route, Route) and route.node != self._flight[-1].node:
+            return NoRoute(f"{self._flight[-1].node} is not to be asked any more")
+        return route
+
+    def _fill(self, route: Route) -> None:
+        """Draft and send, until a verdict is there or nothing is left that is worth it."""
+        plan = self._plan(route)
+        while not (self._flight and self._flight[0].future.done()):
+            step = plan.step(self._moment(plan))
+            if step == "wait":
+                return
+            if step == "send":
+                self._send(route)
+            else:
+                self._draft()
+
+    def _send(self, route: Route) -> None:
+        assert isinstance(self._remote, Remote)
+        sent = self._remote.send(route, self._confirmed, self._flight[-1] if self._flight else None)
+        self.summary.drafted += sent.end - sent.confirmed
+        self._flight.append(sent)
 
     def _confident(self) -> Iterator[Token]:
         """A token that the exit is sure of leaves at once; the servers see it with the next one that it is not."""
@@ -195,8 +169,8 @@ class Generation:
         if isinstance(route, NoRoute):
             yield from self._alone(route)
             return
-        assert isinstance(self._remote, Remote)
-        sent = self._remote.send(route, self._confirmed)
+        self._send(route)
+        sent = self._flight.popleft()
         answered = self._result(sent)
         if answered is not None:
             yield from self._take(answered, sent)
@@ -229,9 +203,10 @@ class Generation:
             answered = self._remote.result(sent)
         except LinkError as exc:
             # One that loses a session it has just been given whole would be asked for ever.
-            if not forgot(exc) or sent.count == sent.end:
+            if not superseded(exc) and (not forgot(exc) or sent.count == sent.end):
                 self._tried.append(sent.node)
                 self.summary.reason = str(exc)
+            self._discard()
             return None
         self._tried, self._waited = [], False
         self._count(answered, sent)
@@ -252,28 +227,21 @@ class Generation:
             others_s=fixed_s,
         )
 
-    def _worth(self, plan: Plan) -> bool:
-        drafts = self._drafts
-        if len(drafts) + 1 >= self._left or (drafts and drafts[-1].token in self._stop):
-            return False
-        tokens, standing = 1.0, 1.0
-        for draft in drafts:
-            standing *= self._acceptance.chance(draft.probability)
-            tokens += standing
-        return plan.more(len(drafts), tokens, standing, self._acceptance.chance(self._choose().probability))
-
-    def _draft_ahead(self, sent: Sent) -> None:
-        """Go on while the verdict is under way: it is of use when all drafts stand and the next one is right too."""
-        chance = 1.0
-        for draft in self._drafts:
-            chance *= self._acceptance.chance(draft.probability)
-        while not sent.future.done() and len(self._drafts) + 1 < min(self._left, 2 * self._limits.max_drafts):
-            if self._drafts and self._drafts[-1].token in self._stop:
-                return
-            chance *= self._acceptance.chance(self._choose().probability)
-            if chance < AHEAD_CHANCE:
-                return
-            self._draft()
+    def _moment(self, plan: Plan) -> Moment:
+        assert isinstance(self._remote, Remote)
+        sent_end = self._flight[-1].end if self._flight else self._remote.held
+        chances = [self._acceptance.chance(draft.probability) for draft in self._drafts]
+        old = max(0, sent_end - self._confirmed)
+        ended = bool(self._drafts) and self._drafts[-1].token in self._stop
+        possible = len(self._drafts) + 1 < self._left and not ended and len(self._drafts) < plan.furthest
+        return Moment(
+            in_flight=len(self._flight),
+            unsent=self._drafter.length - sent_end,
+            drafted=len(chances) - old,
+            sent=prod(chances[:old]),
+            fresh=chances[old:],
+            chance=self._acceptance.chance(self._choose().probability) if possible else 0.0,
+        )
 
     def _draft(self) -> None:
         draft = self._choose()
@@ -304,28 +272,36 @@ class Generation:
     def _take(self, answered: Answered[Verdict], sent: Sent) -> Iterator[Token]:
         """What a verdict made certain."""
         verdict = answered.reply
-        sent_drafts = sent.end - sent.confirmed
-        stood, ahead = self._drafts[: verdict.accepted], self._drafts[verdict.accepted :]
+        before = self._confirmed - sent.confirmed
+        stood, ahead = self._drafts[: verdict.accepted - before], self._drafts[verdict.accepted - before :]
         for draft in stood:
             self._acceptance.saw(draft.probability, True)
-        if verdict.accepted < sent_drafts:
-            self._acceptance.saw(ahead[0].probability, False)
-        elif ahead:
-            self._acceptance.saw(ahead[0].probability, ahead[0].token == verdict.token)
-        known = verdict.accepted == sent_drafts and bool(ahead) and ahead[0].token == verdict.token
+        whole = sent.confirmed + verdict.accepted == sent.end
+        known = whole and bool(ahead) and ahead[0].token == verdict.token
+        if ahead:
+            self._acceptance.saw(ahead[0].probability, known)
+        # The server's own token was a draft where a verification that follows has it.
+        was_sent = known and bool(self._flight)
+        self.summary.accepted += len(stood) + was_sent
         said = [*(draft.token for draft in stood), verdict.token]
-        self._confirmed = sent.confirmed + len(said)
+        self._confirmed += len(said)
         if known:
             self._drafts = ahead[1:]
         else:
             self._drafts = []
-            self._drafter.crop(sent.confirmed + verdict.accepted)
-            self._positions.crop(sent.confirmed + verdict.accepted)
+            self._discard()
+            self._drafter.crop(self._confirmed - 1)
+            self._positions.crop(self._confirmed - 1)
         for at, token in enumerate(said):
-            tier: Tier = "device" if at < len(stood) else verdict.tier
-            yield from self._emit(token, tier, verdict.probabilities[at], verified=True)
+            tier: Tier = "device" if at < len(stood) or was_sent else verdict.tier
+            yield from self._emit(token, tier, verdict.probabilities[before + at], verified=True)
         if not known and not self.summary.finish:
             self._add([verdict.token])
+
+    def _discard(self) -> None:
+        """What follows builds on drafts that fell: the server refuses it, and nobody waits for that."""
+        self.summary.bytes_up += sum(sent.payload_bytes + HEADER_BYTES for sent in self._flight)
+        self._flight.clear()
 
     def _emit_own(self, draft: _Draft) -> Iterator[Token]:
         """A token of the device that no server has seen."""
@@ -361,8 +337,6 @@ class Generation:
         new = sent.end - max(sent.end - sent.count, len(self._prompt))
         summary.layer_tokens += verdict.layer_tokens * new // sent.count
         summary.redone += verdict.redone
-        summary.drafted += sent.end - sent.confirmed
-        summary.accepted += verdict.accepted
         summary.bytes_up += answered.bytes_up
         summary.bytes_down += answered.bytes_down
         if verdict.degraded:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -16,7 +17,7 @@ import numpy as np
 
 from kinflow import topics
 from kinflow.awaited import Answered
-from kinflow.errors import LinkError, LinkLost, LinkTimeout, ServerFailed, SessionLost
+from kinflow.errors import LinkError, LinkLost, LinkTimeout, ServerFailed, SessionLost, Superseded
 from kinflow.messages import Verdict, Verify
 from kinflow.policy import NoRoute, Rate, Route
 from kinflow.text.family import TextFamily
@@ -53,6 +54,7 @@ class Sent:
     """Drafts are the positions from `confirmed` to `end`."""
     deadline_s: float
     """time.monotonic()"""
+    payload_bytes: int
 
 
 class Positions:
@@ -70,6 +72,10 @@ class Positions:
 
     def crop(self, length: int) -> None:
         del self.tokens[length:], self._coded[length:]
+
+    def digest(self, end: int) -> int:
+        """CRC-32 of the token ids before `end`."""
+        return zlib.crc32(np.array(self.tokens[:end], "<u4").tobytes())
 
     def payload(self, start: int, end: int) -> bytes:
         return np.array(self.tokens[start:end], "<u4").tobytes() + b"".join(self._coded[start:end])
@@ -107,6 +113,11 @@ class Remote:
         """The server that holds the session; empty without one."""
         return self._node
 
+    @property
+    def held(self) -> int:
+        """Positions that the server has for certain."""
+        return self._held
+
     def route(self, avoided: Collection[str] = ()) -> Route | NoRoute:
         """To the server that holds the session while it can be asked, else to the best other one."""
         size = 0 if self.way.codec == IDS else self._family.codec(self.way.split, self.way.codec).token_bytes
@@ -122,20 +133,26 @@ class Remote:
         """Whether a server can be asked, at once or before `timeout_s` are over."""
         return self._uplink.wait(self.way.split, [Rate(self.way.codec, 0)], timeout_s)
 
-    def send(self, route: Route, confirmed: int) -> Sent:
-        """Everything that the server does not have yet; tokens from position `confirmed` on are drafts."""
+    def send(self, route: Route, confirmed: int, after: Sent | None = None) -> Sent:
+        """Everything that the server does not have yet; tokens from position `confirmed` on are drafts.
+
+        `after`: the last one under way, to the same server; then all that was drafted since, should its drafts stand.
+        """
         if route.node != self._node:
             self._leave()
             self._node, self._held, self._session = route.node, 0, os.urandom(16)
+        start = self._held if after is None else after.end
+        confirmed = confirmed if after is None else after.end
         end = len(self._positions.tokens)
-        count = end - self._held
+        count = end - start
         timeout_s = self._deadline_s * (1 + count / POSITIONS_PER_DEADLINE)
         deadline_s = time.monotonic() + timeout_s
+        payload = self._positions.payload(start, end)
         peer = self._uplink.peer(route.node)
         if peer is None:
             lost: Future[Answered[Verdict]] = Future()
             lost.set_exception(LinkLost(f"{route.node} is gone"))
-            return Sent(route.node, lost, count, confirmed, end, deadline_s)
+            return Sent(route.node, lost, count, confirmed, end, deadline_s, len(payload))
         verify = Verify(
             id=os.urandom(16),
             client=peer.link.client,
@@ -144,7 +161,7 @@ class Remote:
             split=self.way.split,
             codec=self.way.codec,
             session=self._session,
-            start=self._held,
+            start=start,
             confirmed=confirmed,
             count=count,
             exit=self._exit,
@@ -153,18 +170,20 @@ class Remote:
             top_p=self._sampling.top_p,
             seed=self._sampling.seed,
             deadline_ms=timeout_s * 1e3,
+            follows=None if after is None else self._positions.digest(start),
         )
         topic = topics.request_to(route.node, self._family.id, self.way.split, peer.link.client)
-        payload = self._positions.payload(self._held, end)
-        return Sent(route.node, peer.verify(topic, verify, payload), count, confirmed, end, deadline_s)
+        future = peer.verify(topic, verify, payload)
+        return Sent(route.node, future, count, confirmed, end, deadline_s, len(payload))
 
     def result(self, sent: Sent) -> Answered[Verdict]:
-        """Waits. Raises LinkError; then the session at that server is given up."""
+        """Waits. Raises LinkError; then the session at that server is given up, unless it was superseded."""
         try:
             answered = self._wait(sent)
             _check(answered.reply, sent, self._family.manifest.vocabulary)
-        except LinkError:
-            self._leave()
+        except LinkError as exc:
+            if not superseded(exc):
+                self._leave()
             raise
         self._held = sent.confirmed + answered.reply.accepted
         return answered
@@ -199,6 +218,11 @@ class Remote:
 def forgot(error: LinkError) -> bool:
     """The server is well, it only lost the session: it may be asked again at once."""
     return isinstance(error, ServerFailed) and error.failure_code == SessionLost.code
+
+
+def superseded(error: LinkError) -> bool:
+    """It followed what did not end as it had thought; the server has the session still."""
+    return isinstance(error, ServerFailed) and error.failure_code == Superseded.code
 
 
 def _check(verdict: Verdict, sent: Sent, vocabulary: int) -> None:
