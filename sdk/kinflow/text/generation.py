@@ -12,8 +12,7 @@ from kinflow.awaited import Answered
 from kinflow.confidence import read
 from kinflow.errors import InputError, LinkError
 from kinflow.messages import Tier, Verdict
-from kinflow.estimate import HEADER_BYTES
-from kinflow.policy import NoRoute, Route
+from kinflow.policy import HEADER_BYTES, NoRoute, Route
 from kinflow.text.codec import FeatureCodec
 from kinflow.text.draft import Acceptance, Moment, Pace, Plan
 from kinflow.text.drafter import Drafter
