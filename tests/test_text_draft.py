@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kinflow.text.draft import Acceptance, Line, Plan
+from kinflow.text.draft import Acceptance, Line, Moment, Plan, Step
 
 
 def drafts(plan: Plan, chance: float) -> int:
@@ -51,6 +51,39 @@ def test_floor_and_most() -> None:
     assert drafts(plan(10.0, floor=0.5), 0.4) == 0
     assert drafts(plan(10.0, floor=0.5, most=6), 0.99) == 6
     assert drafts(plan(10.0, most=0), 0.99) == 0
+
+
+def moment(in_flight: int, unsent: int, fresh: list[float], chance: float, sent: float = 1.0) -> Moment:
+    return Moment(in_flight, unsent, len(fresh), sent, fresh, chance)
+
+
+@pytest.mark.parametrize(
+    ("at", "step"),
+    [
+        (moment(0, 3, [0.9, 0.9], 0.95), "draft"),  # sure: a longer verification costs no more passes
+        (moment(0, 3, [0.9, 0.9], 0.0), "send"),  # the text ends, or there are enough
+        (moment(1, 2, [0.9, 0.9], 0.02), "send"),  # what is known goes up before a guess
+        (moment(1, 0, [], 0.5), "draft"),  # nothing to send: go on meanwhile
+        (moment(1, 0, [], 0.02), "wait"),
+        (moment(1, 2, [0.3, 0.3], 0.3, sent=0.5), "wait"),  # unlikely drafts stay here
+        (moment(3, 2, [0.9, 0.9], 0.0), "wait"),  # the way is full
+    ],
+)
+def test_a_step_fits_the_moment(at: Moment, step: Step) -> None:
+    """Sure drafts are collected, doubtful ones are not built upon, and no more is under way than is of use."""
+    assert dataclasses.replace(plan(0.02, floor=0.1, server_s=0.01), most=8).step(at) == step
+
+
+def test_a_longer_way_holds_more() -> None:
+    """One verification is computed while the others travel; there is a most."""
+    assert [plan(way_s, server_s=0.02).in_flight for way_s in (0.001, 0.05, 10.0)] == [2, 4, 6]
+
+
+def test_cheap_passes_are_taken_sooner() -> None:
+    """A doubtful draft goes up at once where a pass costs less than the waiting it saves."""
+    at = moment(1, 1, [0.5], 0.5)
+    assert plan(0.02, server_s=0.002).step(at) == "send"
+    assert plan(0.02, server_s=0.2).step(at) == "draft"
 
 
 def test_acceptance_starts_at_the_confidence_and_follows_the_verdicts() -> None:

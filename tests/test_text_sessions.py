@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,10 +16,10 @@ import pytest
 from brokers import wait_until
 from kinflow import topics
 from kinflow.frame import pack
-from kinflow.messages import Failure, Release, Verdict
+from kinflow.messages import Failure, Release, Verdict, Verify
 from kinflow.text.family import TextFamily
 from text_bench import PROMPT, Bench, at_work
-from text_client import plain
+from text_client import Writer, plain
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,57 @@ def test_an_older_start_crops_and_a_later_one_is_lost(bench: Bench) -> None:
     verify, payload = writer.request(length - 1, length)
     failure = bench.ask(msgspec.structs.replace(verify, start=length + 1, confirmed=length + 2), payload)
     assert failure.code == "session-lost"
+
+
+def followed(bench: Bench, *, right: bool) -> tuple[Writer, Verify, Any, Verify, Any]:
+    """Two verifications of one text, the second sent before the first has its verdict; `right`: its drafts stand."""
+    writer = bench.writer(drafts=0)
+    expected = plain(bench.family, PROMPT, 6, codecs={"s1": "int8"})
+    writer.begin(PROMPT)
+    start = len(PROMPT)
+    text = [*PROMPT, *expected[:5]]
+    if not right:
+        text[start + 2] = (text[start + 2] + 1) % bench.family.manifest.vocabulary
+    writer.tokens = text
+    writer._add(text[start:])
+    size = 4 + len(writer._coded[0])
+    first, payload = writer.request(start, start + 1)
+    cut = 3
+    first = msgspec.structs.replace(first, count=cut)
+    whole = np.array(text[start:], "<u4").tobytes(), b"".join(writer._coded[start:])
+    payload = whole[0][: 4 * cut] + whole[1][: (size - 4) * cut]
+    second, _ = writer.request(start + cut, start + cut)
+    second = msgspec.structs.replace(second, follows=zlib.crc32(np.array(text[: start + cut], "<u4").tobytes()))
+    return writer, first, payload, second, whole[0][4 * cut :] + whole[1][(size - 4) * cut :]
+
+
+def test_what_follows_a_verification_goes_on_from_it(bench: Bench) -> None:
+    """Sent together: the second one's first draft is the first one's token, and the text is plain decoding's."""
+    _, first, payload, second, rest = followed(bench, right=True)
+    bench.send(first, payload)
+    verdict = bench.ask(second, rest)
+    assert bench.one(first.id).accepted == 2
+    assert verdict.accepted == 2
+    assert verdict.token == plain(bench.family, PROMPT, 6, codecs={"s1": "int8"})[5]
+
+
+def test_what_follows_a_fallen_draft_is_refused_and_costs_nothing(bench: Bench) -> None:
+    """No pass, no damage: the same text goes on; nor does it count as a failure. So it is when it comes again late."""
+    writer, first, payload, second, rest = followed(bench, right=False)
+    first_verdict = bench.ask(first, payload)
+    assert first_verdict.accepted == 1
+    before = bench.worker.positions, bench.worker.desk.rejected
+    assert bench.ask(second, rest).code == "superseded"
+    assert (bench.worker.positions, bench.worker.desk.rejected) == before
+    writer._lower.crop(first.confirmed + 1)
+    writer._branch.crop(first.confirmed + 1)
+    del writer._coded[first.confirmed + 1 :]
+    writer.tokens[first.confirmed + 1 :] = [first_verdict.token]
+    expected = plain(bench.family, PROMPT, 6, codecs={"s1": "int8"})
+    assert writer.write(PROMPT, 4) == expected[:4]
+    late = msgspec.structs.replace(second, id=os.urandom(16))
+    assert bench.ask(late, rest).code == "superseded"
+    assert writer.write(PROMPT, 6) == expected
 
 
 def test_another_client_cannot_reach_a_session(bench: Bench) -> None:

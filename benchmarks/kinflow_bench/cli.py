@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,27 +162,28 @@ def generate(
     family: Family = SMOLLM2,
     count: Annotated[int, typer.Option("--prompts", help="Texts compared token by token.", min=1)] = 200,
     tokens: Annotated[int, typer.Option(help="Length of each.", min=2)] = 128,
-    timed: Annotated[int, typer.Option(help="So many of them are timed too.", min=1)] = 8,
+    timed: Annotated[int, typer.Option(help="So many of them are timed too.", min=0)] = 8,
+    sampled: Annotated[int, typer.Option(help="So many of them are sampled from too.", min=0)] = 2,
+    samples: Annotated[int, typer.Option(help="From each of them, in each mode.", min=20)] = 150,
     round_trips_ms: Annotated[list[float] | None, typer.Option("--round-trip", help="Links, ms.")] = None,
+    parallel: Annotated[int, typer.Option(help="Texts compared side by side.", min=1, max=64)] = 4,
     data: Annotated[
         Path | None,
         typer.Option(help="File with a prompt per line, or JSON lines with `question`.", show_default=False),
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Keeps what is compared: the same command goes on from there.", show_default=False),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the break-even.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Text generation: whether texts are what they promise to be, and their cost over shaped links."""
     from kinflow_bench import generate as bench
 
-    figures = bench.run(
-        _bundle(family),
-        count,
-        tokens,
-        timed,
-        round_trips_ms or (5, 20, 80),
-        data,
-        lambda line: typer.echo(line, err=True),
-    )
-    _print(figures, as_json)
+    extent = bench.Extent(count, tokens, timed, sampled, samples, round_trips_ms or (5, 20, 80), parallel)
+    say = partial(typer.echo, err=True)
+    _print(bench.run(_bundle(family), extent, data, state, plot, say), as_json)
 
 
 def _bundle(family: Path) -> Path:

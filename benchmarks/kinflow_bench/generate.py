@@ -1,4 +1,4 @@
-"""`bench generate`: are texts what they promise to be, and what do they cost over real processes and shaped links."""
+"""`bench generate`: what texts promise, and what they cost, over real processes and shaped links."""
 
 from __future__ import annotations
 
@@ -6,51 +6,107 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kinflow.address import parse_all
 from kinflow.errors import LinkError
 from kinflow.fleet import Fleet, ServerProcess
-from kinflow.settings import DeviceSettings
+from kinflow.settings import DeviceSettings, TextSettings
 from kinflow.text.device import TextDevice
 from kinflow.text.family import TextFamily
-from kinflow.text.generation import Generation
-from kinflow.text.manifest import LOWER
 from kinflow.text.sampling import GREEDY
-from kinflow.text.summary import Mode
+from kinflow.text.summary import Summary
+from kinflow_bench import breakeven
+from kinflow_bench.identity import References, compare, distribution, generate
 from kinflow_bench.prompts import prompts
 from kinflow_bench.reference import Reference, Text
 from kinflow_bench.shaping import Shape, ShapingProxy
+from kinflow_bench.shelf import Shelf
 from kinflow_bench.throttle import Throttle
 
 Say = Callable[[str], None]
 # The share of a core that a busy server has left for one user.
 BUSY_SHARE = 0.25
+# On a machine that others use too a pass may take long; a text that gives a server up would compare nothing.
+PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of it."""
+
+    prompts: int
+    """Texts compared."""
+    tokens: int
+    """Of each."""
+    timed: int
+    """The first so many are timed; 0: none."""
+    sampled: int
+    """The first so many are sampled from; 0: none."""
+    samples: int
+    """From each of them."""
+    round_trips_ms: Sequence[float]
+    parallel: int
+    """Texts compared side by side."""
 
 
 def run(
-    bundle: Path, count: int, tokens: int, timed: int, round_trips_ms: Sequence[float], data: Path | None, say: Say
+    bundle: Path, extent: Extent, data: Path | None, state: Path | None, plot: Path | None, say: Say
 ) -> dict[str, Any]:
-    """`count` prompts for the identity of texts, the first `timed` of them for times."""
+    """`state`: keeps what is compared, to go on from. `plot`: gets the break-even."""
     family = TextFamily.load(bundle)
+    shelf = Shelf(state)
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet([bundle]))
         server = fleet.start("edge", "--member", family.manifest.last_exit(), "--no-advertise")
         address = parse_all(server.broker)[0]
         proxy = stack.enter_context(ShapingProxy(address.host, address.port))
-        settings = DeviceSettings(broker=proxy.address)
+        settings = DeviceSettings(broker=proxy.address, text=TextSettings(verify_timeout_s=PATIENCE_S))
         device = stack.enter_context(TextDevice.open(bundle, settings))
         if not device.wait_for_server(60.0):
             raise LinkError(f"no server at {server.broker}")
-        asked = [device.tokenizer.chat([{"role": "user", "content": text}]) for text in prompts(count, data)]
-        largest = stack.enter_context(Largest(bundle))
-        usual_ms = sorted(round_trips_ms)[len(round_trips_ms) // 2]
+        texts = prompts(max(extent.prompts, extent.timed, extent.sampled), data)
+        asked = [device.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+        usual_ms = sorted(extent.round_trips_ms)[len(extent.round_trips_ms) // 2]
         proxy.shape = Shape(delay_s=usual_ms / 2e3)
-        figures = {"round_trip_ms": usual_ms} | _identity(device, family, largest, asked, tokens, say)
-        figures |= _times(device, server, proxy, largest, asked[:timed], tokens, round_trips_ms, say)
+        references = References(family)
+        figures, summaries = compare(
+            device, references, asked[: extent.prompts], extent.tokens, shelf, extent.parallel, say
+        )
+        figures["conditions"] = {
+            "round_trip_ms": usual_ms,
+            "texts_side_by_side": extent.parallel,
+            "sampling": "greedy",
+            "server": "one process with all upper layers",
+        }
+        layers = family.manifest.layers
+        figures |= costs(summaries["family"], layers) | {"exact": costs(summaries["exact"], layers)}
+        if extent.sampled:
+            sampled = asked[: extent.sampled]
+            figures["distribution"] = distribution(
+                device, references, sampled, extent.samples, shelf, extent.parallel, say
+            )
+        if extent.timed:
+            largest = stack.enter_context(Largest(bundle))
+            bench = Timing(device, server, proxy, largest, asked[: extent.timed], extent, layers, say)
+            figures |= bench.run(plot)
     return figures
+
+
+def costs(summaries: Sequence[Summary], layers: int) -> dict[str, Any]:
+    """Per generated token; the prompt's own cost is the same for everybody and left out."""
+    count = max(1, sum(summary.count for summary in summaries))
+    return {
+        "layer_tokens_ratio": sum(summary.layer_tokens for summary in summaries) / (layers * count),
+        "passes_per_token": sum(summary.verifications for summary in summaries) / count,
+        "acceptance": sum(s.accepted for s in summaries) / max(1, sum(s.drafted for s in summaries)),
+        "bytes_up_per_token": sum(summary.bytes_up for summary in summaries) / count,
+        "drafted_share": sum(summary.tokens["device"] for summary in summaries) / count,
+        "redone_share": sum(summary.redone for summary in summaries) / count,
+    }
 
 
 class Largest:
@@ -86,115 +142,92 @@ def _serve_largest(bundle: Path, there: Connection) -> None:
         there.send(tuple(reference.decode(prompt, tokens, GREEDY)))
 
 
-def _identity(
-    device: TextDevice, family: TextFamily, largest: Largest, asked: Sequence[list[int]], tokens: int, say: Say
-) -> dict[str, Any]:
-    """Text by text, against plain decoding."""
-    split = family.manifest.segments[LOWER].result
-    codec = family.codec(split, next(iter(family.manifest.splits[split].codecs)))
-    composed = Reference(family, "int8", codec)
-    differences: list[dict[str, Any]] = []
-    equal = {"exact": 0, "family": 0}
-    costs: dict[str, list[Any]] = {"exact": [], "family": []}
-    for number, prompt in enumerate(asked):
-        texts = {"exact": largest.decode(prompt, tokens), "family": composed.decode(prompt, tokens, GREEDY)}
-        for mode in ("exact", "family"):
-            generated, summary = _generate(device, prompt, tokens, mode)
-            costs[mode].append(summary)
-            at = _first_difference(generated, texts[mode].tokens, family.manifest.stop_tokens)
-            equal[mode] += at is None
-            if at is not None:
-                margin = texts[mode].margins[at] if at < len(texts[mode].margins) else None
-                differences.append({"mode": mode, "prompt": number, "at": at, "margin": margin})
-        say(f"text {number + 1} of {len(asked)}: equal so far exact {equal['exact']}, family {equal['family']}")
-    layers = family.manifest.layers
-    return {
-        "generations": len(asked),
-        "tokens": tokens,
-        "identical": equal["exact"],
-        "identical_family": equal["family"],
-        "differences": differences,
-        "redone_share": sum(s.redone for s in costs["exact"]) / max(1, sum(s.count for s in costs["exact"])),
-        **_costs(costs["family"], layers),
-        "exact": _costs(costs["exact"], layers),
-    }
+class Row(NamedTuple):
+    """One text, each way; seconds per token after the first one."""
+
+    family: float
+    cloud_only: float
+    naive: float | None
+    cost: Summary
 
 
-def _costs(summaries: Sequence[Any], layers: int) -> dict[str, float]:
-    """Per generated token; the prompt's own cost is the same for everybody and left out."""
-    count = max(1, sum(summary.count for summary in summaries))
-    return {
-        "layer_tokens_ratio": sum(summary.layer_tokens for summary in summaries) / (layers * count),
-        "passes_per_token": sum(summary.verifications for summary in summaries) / count,
-        "acceptance": sum(s.accepted for s in summaries) / max(1, sum(s.drafted for s in summaries)),
-        "bytes_up_per_token": sum(summary.bytes_up for summary in summaries) / count,
-        "drafted_share": sum(summary.tokens["device"] for summary in summaries) / count,
-    }
+@dataclass(frozen=True)
+class Timing:
+    """Times over each link: as it is, with a round trip for every token, and by the largest member alone."""
+
+    device: TextDevice
+    server: ServerProcess
+    proxy: ShapingProxy
+    largest: Largest
+    asked: Sequence[list[int]]
+    extent: Extent
+    layers: int
+    say: Say
+
+    def run(self, plot: Path | None) -> dict[str, Any]:
+        links: dict[str, Any] = {}
+        measured: list[breakeven.Measured] = []
+        whole_s: list[float] = []
+        ways_s: list[float] = []
+        """A step and a pass, one behind the other."""
+        for round_trip_ms in self.extent.round_trips_ms:
+            for share in (1.0, BUSY_SHARE):
+                rows = self._link(round_trip_ms, share)
+                if share == 1:
+                    whole_s += [row.cloud_only for row in rows]
+                    ways_s += [row.naive - round_trip_ms / 1e3 for row in rows if row.naive is not None]
+                name = f"{round_trip_ms:g} ms" + ("" if share == 1 else f", server at {share:.0%}")
+                link = links[name] = self._figures(rows)
+                point = round_trip_ms / 1e3, share, link["drafted_share"], link["cloud_only_over_family"]
+                measured.append(breakeven.Measured(*point))
+                self.say(f"{name}: {link}")
+        self.proxy.shape = Shape()
+        step_s = self.device.pace.step_s
+        speeds = breakeven.Speeds(step_s, max(0.0, statistics.median(ways_s) - step_s), statistics.median(whole_s))
+        if plot is not None:
+            shares = {"server at equal speed": 1.0, f"server with {BUSY_SHARE:.0%} of its time": BUSY_SHARE}
+            breakeven.plot(plot, speeds, shares, measured)
+        acceptance = statistics.mean(point.acceptance for point in measured)
+        trips_s = [trip / 1e3 for trip in self.extent.round_trips_ms]
+        return {
+            "speedup_over_naive_split": _by_link(links, "naive_over_family"),
+            "speedup_over_cloud_only": _by_link(links, "cloud_only_over_family"),
+            "links": links,
+            "timed": len(self.asked),
+            "busy_share": BUSY_SHARE,
+            "break_even": breakeven.figures(speeds, acceptance, trips_s, (1.0, BUSY_SHARE)),
+        }
+
+    def _link(self, round_trip_ms: float, share: float) -> list[Row]:
+        self.proxy.shape = Shape(delay_s=round_trip_ms / 2e3)
+        with Throttle(self.server.pid, share), Throttle(self.largest.pid, share):
+            return [self._row(prompt, naive=share == 1) for prompt in self.asked]
+
+    def _row(self, prompt: list[int], *, naive: bool) -> Row:
+        tokens = self.extent.tokens
+        _, summary = generate(self.device, prompt, tokens, "family")
+        one_by_one = _per_token(generate(self.device, prompt, tokens, "family", 0)[1]) if naive else None
+        text = self.largest.decode(prompt, tokens)
+        # Its tokens stream: the way adds to the first one alone.
+        return Row(_per_token(summary), text.seconds / max(1, len(text.tokens) - 1), one_by_one, summary)
+
+    def _figures(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Medians, of seconds and of each text's own ratios."""
+        found: dict[str, Any] = {
+            "family": statistics.median(row.family for row in rows),
+            "cloud_only": statistics.median(row.cloud_only for row in rows),
+            "cloud_only_over_family": statistics.median(row.cloud_only / row.family for row in rows),
+        }
+        naive = [(row.naive, row.naive / row.family) for row in rows if row.naive is not None]
+        if naive:
+            found["naive"] = statistics.median(seconds for seconds, _ in naive)
+            found["naive_over_family"] = statistics.median(ratio for _, ratio in naive)
+        return found | costs([row.cost for row in rows], self.layers)
 
 
-def _times(
-    device: TextDevice,
-    server: ServerProcess,
-    proxy: ShapingProxy,
-    largest: Largest,
-    asked: Sequence[list[int]],
-    tokens: int,
-    round_trips_ms: Sequence[float],
-    say: Say,
-) -> dict[str, Any]:
-    """Seconds per token: as it is, with a round trip for every token, and by the largest member alone."""
-    links: dict[str, Any] = {}
-    for round_trip_ms in round_trips_ms:
-        for share in (1.0, BUSY_SHARE):
-            proxy.shape = Shape(delay_s=round_trip_ms / 2e3)
-            with Throttle(server.pid, share), Throttle(largest.pid, share):
-                rows = [_time(device, largest, prompt, tokens, naive=share == 1) for prompt in asked]
-            name = f"{round_trip_ms:g} ms" + ("" if share == 1 else f", server at {share:.0%}")
-            seconds = {side: [row[side] for row in rows if side in row] for side in ("family", "naive", "cloud_only")}
-            links[name] = {side: statistics.median(values) for side, values in seconds.items() if values}
-            for other in ("naive", "cloud_only"):
-                pairs = [row[other] / row["family"] for row in rows if other in row]
-                if pairs:
-                    links[name][f"{other}_over_family"] = statistics.median(pairs)
-            say(f"{name}: {links[name]}")
-    proxy.shape = Shape()
-    ratios = {name: figures.get("naive_over_family") for name, figures in links.items()}
-    return {
-        "speedup_over_naive_split": {name: ratio for name, ratio in ratios.items() if ratio is not None},
-        "speedup_over_cloud_only": {name: figures["cloud_only_over_family"] for name, figures in links.items()},
-        "links": links,
-        "timed": len(asked),
-        "busy_share": BUSY_SHARE,
-    }
+def _per_token(summary: Summary) -> float:
+    return (summary.seconds - summary.first_token_s) / max(1, summary.count - 1)
 
 
-def _time(device: TextDevice, largest: Largest, prompt: list[int], tokens: int, *, naive: bool) -> dict[str, float]:
-    """Seconds per token after the first one."""
-    row = {}
-    sides: dict[str, int | None] = {"family": None} | ({"naive": 0} if naive else {})
-    for side, max_drafts in sides.items():
-        _, summary = _generate(device, prompt, tokens, "family", max_drafts)
-        row[side] = (summary.seconds - summary.first_token_s) / max(1, summary.count - 1)
-    text = largest.decode(prompt, tokens)
-    # Its tokens stream: the way adds to the first one alone.
-    row["cloud_only"] = text.seconds / max(1, len(text.tokens) - 1)
-    return row
-
-
-def _generate(
-    device: TextDevice, prompt: list[int], tokens: int, mode: Mode, max_drafts: int | None = None
-) -> tuple[list[int], Any]:
-    generation: Generation = device.continue_from(prompt, max_tokens=tokens, mode=mode, max_drafts=max_drafts)
-    said = [token.id for token in generation]
-    if generation.summary.degraded:
-        raise LinkError(f"a text is degraded: {generation.summary.reason}")
-    return said, generation.summary
-
-
-def _first_difference(generated: list[int], reference: list[int], stop_tokens: Sequence[int]) -> int | None:
-    """Where two texts part; None where they do not. The reference may end in a stop token."""
-    wanted = [token for token in reference if token not in stop_tokens]
-    if generated == wanted:
-        return None
-    pairs = enumerate(zip(generated, wanted, strict=False))
-    return next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(generated), len(wanted)))
+def _by_link(links: dict[str, Any], key: str) -> dict[str, float]:
+    return {name: figures[key] for name, figures in links.items() if key in figures}

@@ -90,7 +90,7 @@ class TextSettings(_Settings, frozen=True):
     )
     max_tokens: Annotated[int, _doc("Longest text where nothing else is asked for, tokens.", ge=1, le=32768)] = 512
     max_drafts: Annotated[int, _doc("Most drafts in one verification; 0: none.", ge=0, le=64)] = 8
-    draft_floor: Annotated[float, _doc("A draft that stands with less than this chance is not sent.", ge=0, le=1)] = 0.3
+    draft_floor: Annotated[float, _doc("A draft that stands with less than this chance is not sent.", ge=0, le=1)] = 0.1
     verify_timeout_s: Annotated[
         float, _doc("A server that takes longer for a few drafts is left, seconds.", gt=0, le=3600)
     ] = 5.0

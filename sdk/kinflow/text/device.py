@@ -72,6 +72,11 @@ class TextDevice:
             self._uplink.close()
             self._uplink = None
 
+    @property
+    def pace(self) -> Pace:
+        """How fast this device and its servers were lately."""
+        return self._pace
+
     def wait_for_server(self, timeout_s: float) -> bool:
         """True as soon as a server can be asked. An app need not wait: until then tokens are local."""
         way = self._family_way

@@ -24,6 +24,8 @@ from kinflow.text.tokenizer import Stream, Tokenizer
 
 # Positions of a verification from which nothing is learned about the usual pace: a prompt's.
 USUAL_POSITIONS = 64
+# Others that wait for the server, as a share of a pass: fewer and longer verifications leave it more time.
+OTHERS = 3.0
 # How long a text waits when its last server is gone, before the device goes on alone.
 PATIENCE_S = 2.0
 
@@ -223,7 +225,7 @@ class Generation:
             self._pace.step_s,
             fixed_s,
             slope_s + size * route.estimate.s_per_byte,
-            others_s=fixed_s,
+            others_s=OTHERS * fixed_s,
         )
 
     def _moment(self, plan: Plan) -> Moment:

@@ -1,0 +1,182 @@
+"""`bench generate`: are texts what they promise to be? Token by token against plain decoding, and in distribution."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from kinflow.errors import LinkError
+from kinflow.text.device import TextDevice
+from kinflow.text.family import TextFamily
+from kinflow.text.manifest import LOWER
+from kinflow.text.sampling import GREEDY
+from kinflow.text.summary import Summary
+from kinflow_bench.reference import Reference
+from kinflow_bench.shelf import Shelf
+
+Say = Callable[[str], None]
+Promise = Literal["exact", "family"]
+PROMISES: tuple[Promise, ...] = ("exact", "family")
+TRIES = 3
+# Of the chi-square test: values that are expected more seldom are counted together.
+SELDOM = 5
+TEMPERATURE = 0.7
+
+
+class References:
+    """What each mode promises: the largest member alone, and the composed model."""
+
+    def __init__(self, family: TextFamily) -> None:
+        split = family.manifest.segments[LOWER].result
+        codec = family.codec(split, next(iter(family.manifest.splits[split].codecs)))
+        self.by_mode: dict[Promise, Reference] = {
+            "exact": Reference(family),
+            "family": Reference(family, "int8", codec),
+        }
+        self.stop_tokens = family.manifest.stop_tokens
+        self.family = hashlib.sha256(family.raw_manifest).hexdigest()
+        """Names the bundle on the shelf."""
+
+
+def compare(
+    device: TextDevice,
+    references: References,
+    asked: Sequence[list[int]],
+    tokens: int,
+    shelf: Shelf,
+    parallel: int,
+    say: Say,
+) -> tuple[dict[str, Any], dict[Promise, list[Summary]]]:
+    """Greedy texts after each prompt, `parallel` of them side by side; and what the generated ones cost."""
+
+    def both(prompt: list[int]) -> dict[Promise, Any]:
+        return {mode: _one(device, references, prompt, tokens, mode, shelf) for mode in PROMISES}
+
+    rows: list[dict[Promise, Any]] = []
+    equal = dict.fromkeys(PROMISES, 0)
+    differences: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(parallel) as pool:
+        for number, row in enumerate(pool.map(both, asked)):
+            rows.append(row)
+            for mode in PROMISES:
+                at = row[mode]["differs_at"]
+                equal[mode] += at is None
+                if at is not None:
+                    differences.append({"mode": mode, "prompt": number, "at": at, "margin": row[mode]["margin"]})
+            counts = ", ".join(f"{mode} {count}" for mode, count in equal.items())
+            say(f"text {number + 1} of {len(asked)}: equal so far {counts}")
+    summaries = {mode: [msgspec.convert(row[mode]["summary"], Summary) for row in rows] for mode in PROMISES}
+    figures = {
+        "generations": len(asked),
+        "tokens": tokens,
+        "identical": equal["exact"],
+        "identical_family": equal["family"],
+        "differences": differences,
+    }
+    return figures, summaries
+
+
+def _one(
+    device: TextDevice, references: References, prompt: list[int], tokens: int, mode: Promise, shelf: Shelf
+) -> dict[str, Any]:
+    about = [references.family, prompt, tokens, mode]
+
+    def plain() -> dict[str, Any]:
+        text = references.by_mode[mode].decode(prompt, tokens, GREEDY)
+        return {"tokens": text.tokens, "margins": text.margins}
+
+    def generated() -> dict[str, Any]:
+        said, summary = generate(device, prompt, tokens, mode)
+        return {"tokens": said, "summary": msgspec.to_builtins(summary)}
+
+    reference = shelf.get(["reference", *about], plain)
+    mine = shelf.get(["generated", *about], generated)
+    at = first_difference(mine["tokens"], reference["tokens"], references.stop_tokens)
+    margins = reference["margins"]
+    margin = margins[at] if at is not None and at < len(margins) else None
+    return {"differs_at": at, "margin": margin, "summary": mine["summary"]}
+
+
+def generate(
+    device: TextDevice, prompt: list[int], tokens: int, mode: Any, max_drafts: int | None = None, **sampling: Any
+) -> tuple[list[int], Summary]:
+    """A text that is all that its mode promises. Raises LinkError where no try gives one."""
+    for _ in range(TRIES):
+        generation = device.continue_from(prompt, max_tokens=tokens, mode=mode, max_drafts=max_drafts, **sampling)
+        said = [token.id for token in generation]
+        if not generation.summary.degraded:
+            return said, generation.summary
+    raise LinkError(f"a text is degraded: {generation.summary.reason}")
+
+
+def first_difference(generated: Sequence[int], reference: Sequence[int], stop_tokens: Sequence[int]) -> int | None:
+    """Where two texts part; None where they do not. The reference may end in a stop token."""
+    wanted = [token for token in reference if token not in stop_tokens]
+    if list(generated) == wanted:
+        return None
+    pairs = enumerate(zip(generated, wanted, strict=False))
+    return next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(generated), len(wanted)))
+
+
+def distribution(
+    device: TextDevice,
+    references: References,
+    asked: Sequence[list[int]],
+    samples: int,
+    shelf: Shelf,
+    parallel: int,
+    say: Say,
+) -> dict[str, Any]:
+    """Chi-square of sampled tokens against the reference's own distribution, by mode and prompt.
+
+    Each sample is the first token of a text of two: a draft for it goes up with the prompt.
+    """
+    found: dict[str, list[float]] = {}
+    for mode in PROMISES:
+        for number, prompt in enumerate(asked):
+            logits = references.by_mode[mode].logits(prompt)
+            weights = np.exp((logits - logits.max()).astype(float) / TEMPERATURE)
+
+            def sample(seed: int, prompt: list[int] = prompt, mode: Promise = mode) -> int:
+                def token() -> int:
+                    said, _ = generate(device, prompt, 2, mode, temperature=TEMPERATURE, seed=seed)
+                    return said[0] if said else -1
+
+                return int(shelf.get(["sample", references.family, prompt, mode, TEMPERATURE, seed], token))
+
+            with ThreadPoolExecutor(parallel) as pool:
+                drawn = list(pool.map(sample, range(samples)))
+            found.setdefault(mode, []).append(p_value(drawn, weights / weights.sum(), references.stop_tokens))
+            say(f"samples of prompt {number + 1} of {len(asked)}, {mode}: p = {found[mode][-1]:.3f}")
+    tests = sum(len(values) for values in found.values())
+    smallest = min(min(values) for values in found.values())
+    # So many tests: one of them is below 1% by chance more often than a single one would be (Bonferroni).
+    return {
+        "p_values": found,
+        "samples": samples,
+        "temperature": TEMPERATURE,
+        "rejected_at_1%": smallest * tests < 0.01,
+    }
+
+
+def p_value(drawn: Sequence[int], expected: Any, stop_tokens: Sequence[int]) -> float:
+    """That tokens drawn from `expected` [vocabulary] differ from it as much as these do. An empty text is -1."""
+    from scipy.stats import chisquare
+
+    counts = np.zeros(len(expected) + 1)
+    np.add.at(counts, np.asarray(drawn), 1)
+    wanted = np.append(expected, 0.0) * len(drawn)
+    for token in stop_tokens:  # a text that ends at once has no token
+        wanted[-1] += wanted[token]
+        wanted[token] = 0.0
+    likely = wanted >= SELDOM
+    observed, predicted = list(counts[likely]), list(wanted[likely])
+    if wanted[~likely].sum() > 0:
+        observed.append(counts[~likely].sum())
+        predicted.append(wanted[~likely].sum())
+    return float(chisquare(observed, predicted).pvalue) if len(observed) > 1 else 1.0
