@@ -29,6 +29,7 @@ class ServerProcess:
     """One running server command."""
 
     name: str
+    tier: str
     process: subprocess.Popen[bytes]
     ready: dict[str, Any] = field(default_factory=dict)
     """What the server said when it was ready: node, tier, broker, broker_kind, broker_pid, …"""
@@ -89,7 +90,7 @@ class Fleet:
             if "--port" not in options:
                 command += ["--port", "0"]
         process = children.spawn([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        server = ServerProcess(name, process)
+        server = ServerProcess(name, tier, process)
         self.servers[name] = server
         threading.Thread(target=_read_events, args=(server,), daemon=True).start()
         server.reader = threading.Thread(target=_read_lines, args=(process, server.errors), daemon=True)
@@ -106,7 +107,7 @@ class Fleet:
             status = children.stop(server.process)
             server.reader.join(1.0)
             said = " ".join(server.errors[-3:])
-            raise LinkError(f"the {server.name} server did not get ready, status {status}: {said}")
+            raise LinkError(f"`kinflow {server.tier}` did not get ready, status {status}: {said}")
         return server
 
     def news(self) -> list[str]:
