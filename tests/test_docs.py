@@ -49,7 +49,7 @@ def shell_lines() -> Iterator[tuple[str, list[str]]]:
         for block in blocks(path, "sh"):
             for line in block.splitlines():
                 if line and not line.startswith("#"):
-                    yield name_of(path), shlex.split(line)
+                    yield name_of(path), shlex.split(line, comments=True)
 
 
 def pages_with(info: str) -> list[Any]:
@@ -157,7 +157,7 @@ def test_other_shell_lines_are_known() -> None:
             if words[2].startswith(".["):
                 assert set(re.findall(r"[\w-]+", words[2])) <= extras, f"{page}: {words[2]}"
         else:
-            assert program in ("kinflow", "python3"), f"{page}: {words}"
+            assert program in ("kinflow", "python", "python3"), f"{page}: {words}"
     assert {"make", "pip", "kinflow", "sh"} <= seen
     for path in PAGES:
         for found in re.findall(r"pip install '\.\[([\w,-]+)\]'", path.read_text(encoding="utf-8")):
