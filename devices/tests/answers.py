@@ -1,7 +1,10 @@
 """What a machine computes of a bundle: runs on this machine and on the emulated board, and the results are compared.
 
-    python answers.py make BUNDLE OUT.npz               graphs on made-up images, features coded
-    python answers.py repeat BUNDLE MADE.npz OUT.npz    the same inputs, features and payloads on another machine
+    python answers.py make OUT BUNDLE...           graphs on made-up images, features coded
+    python answers.py repeat MADE OUT BUNDLE...    the same inputs, features and payloads on another machine
+
+MADE and OUT are folders with a file for each bundle, `<family>.npz`. One process for all of them: under emulation it
+costs more to start one and to load the runtimes than to compute a small family.
 
 Keys: `input/<segment>`, `run/<backend>/<segment>/<n>`, `payload/<split>/<codec>`, `decoded/<split>/<codec>`.
 """
@@ -80,7 +83,11 @@ def repeat(family: Family, made: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    verb, bundle, *paths = sys.argv[1:]
-    opened = Family.load(Path(bundle))
-    result = make(opened) if verb == "make" else repeat(opened, dict(np.load(paths[0])))
-    np.savez(paths[-1], **result)
+    verb, *paths = sys.argv[1:]
+    made_in = Path(paths.pop(0)) if verb == "repeat" else None
+    out = Path(paths.pop(0))
+    for path in paths:
+        opened = Family.load(Path(path))
+        name = f"{opened.id}.npz"
+        result = make(opened) if made_in is None else repeat(opened, dict(np.load(made_in / name)))
+        np.savez(out / name, **result)
