@@ -102,6 +102,13 @@ def test_temperature_is_found_again() -> None:
     assert temperature(logits, labels) == pytest.approx(2.5, rel=0.03)
 
 
+def test_a_few_right_answers_make_nobody_certain() -> None:
+    """Sixty images, all told rightly by a wide margin: the temperature does not run away to its smallest value."""
+    labels = np.arange(60) % 3
+    logits = (4.0 * np.eye(3)[labels]).astype(np.float32)
+    assert 0.3 < temperature(logits, labels) < 1.0
+
+
 def test_gap_counts_only_what_the_last_exit_knows() -> None:
     """A loss is an answer that is wrong where the last exit's is right, nothing else."""
     right, wrong = [0.0, 1.0], [1.0, 0.0]
