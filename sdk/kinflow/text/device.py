@@ -176,10 +176,14 @@ class TextDevice:
     def _way(self, mode: Mode) -> Way:
         if mode != "exact":
             return self._family_way
+        return choose_way(self.family, self._uplink, self._exact_features, self._pace.step_s)
+
+    @property
+    def _exact_features(self) -> Way | None:
+        """Features that lose next to nothing; None where the bundle has no codec for them."""
         codecs = self.family.manifest.splits[self._family_way.split].codecs
         f16 = next((name for name, codec in codecs.items() if codec.kind == "token-f16"), None)
-        features = None if f16 is None else Way(self._family_way.split, f16)
-        return choose_way(self.family, self._uplink, features, self._pace.step_s)
+        return None if f16 is None else Way(self._family_way.split, f16)
 
     def _model(self, precision: Precision) -> DeviceModel:
         """Opened at its first use: few apps need both."""
