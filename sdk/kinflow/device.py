@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from msgspec.structs import replace
-
 from kinflow.answer import Answer, Timings
 from kinflow.audit import Audit
 from kinflow.auditor import Auditor
@@ -24,7 +22,7 @@ from kinflow.backends import Acceleration
 from kinflow.codec import Features
 from kinflow.confidence import Reading, read
 from kinflow.errors import CodecError, LinkError, LinkTimeout, SettingsError
-from kinflow.family import Family, Output
+from kinflow.family import Array, Family, Output
 from kinflow.forwarder import Forwarder
 from kinflow.logs import event
 from kinflow.messages import MAX_DEADLINE_MS
@@ -33,6 +31,7 @@ from kinflow.policy import Keep, NoRoute, Offload, Route, Strain, decide, raise_
 from kinflow.preprocess import Preprocessor
 from kinflow.settings import DeviceSettings
 from kinflow.signing import TrustedKeys
+from kinflow.strained import EarlySplits, explained
 from kinflow.uplink import Uplink
 
 log = logging.getLogger("kinflow.device")
@@ -56,7 +55,7 @@ class Device:
         """Starts nothing. Raises FamilyMismatch or BackendError when the member cannot run here.
 
         `strain` is asked at each inference, so it must be quick (kinflow.board.BoardWatch): under strain the
-        device keeps fewer answers.
+        device keeps fewer answers, and leaves at a split before its exit where the family and a server have one.
         """
         settings = settings or DeviceSettings()
         self.family = family
@@ -82,6 +81,8 @@ class Device:
             self._rates = rates(family.manifest.splits[last.split], settings.codec)
         # Without a split nothing can be offloaded, whatever the strain.
         self._strain = strain if self._split is not None else None
+        self._early = EarlySplits(family, self._member, settings.codec)
+        self._whole_s: float | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._outbox: Outbox | None = None
         self._forwarder: Forwarder | None = None
@@ -175,32 +176,16 @@ class Device:
         """
         return self._infer(image, deadline_s)[0]
 
-    def _infer(self, image: Any, deadline_s: float | None) -> tuple[Answer, Output]:
-        """The answer, and what the device itself computed for it."""
+    def _infer(self, image: Any, deadline_s: float | None) -> tuple[Answer, Output | None]:
+        """The answer, and what the device's exit computed for it; None where features left before it."""
         start = time.perf_counter()
         if deadline_s is None:
             deadline_s = self.settings.deadline_s
         elif not 0 < deadline_s <= MAX_DEADLINE_MS / 1e3:
             raise SettingsError(f"deadline_s must be above 0 and at most an hour, got {deadline_s!r}")
-        output = self._member.run(self._preprocess(image))
-        reading = read(output.logits[0], self._temperature)
-        computed = time.perf_counter()
+        batch = self._preprocess(image)
         strain = None if self._strain is None else self._strain()
-        threshold = self._threshold if strain is None else raise_threshold(self._threshold, strain)
-        # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
-        routes = SWITCHED_OFF if reading.confidence >= threshold else self._routes()
-        remaining_s = deadline_s - (computed - start) - RESERVE_S
-        decision = decide(reading.confidence, threshold, routes, remaining_s)
-        local = _Local(start, computed, output, reading, os.urandom(16))
-        if self._auditor is not None:
-            kept = isinstance(decision, Keep) and reading.confidence >= self._threshold
-            self._auditor.saw(None if output.features is None else output.features[0], reading, kept)
-        if isinstance(decision, Offload):
-            answer = self._offload(local, decision, start + deadline_s - RESERVE_S)
-        else:
-            answer = self._local_answer(local, decision)
-        if strain is not None and self._threshold <= reading.confidence < threshold:
-            answer = _under_strain(answer, strain)
+        answer, output = self._compute(batch, strain, start, start + deadline_s - RESERVE_S)
         if log.isEnabledFor(logging.INFO):
             event(
                 log,
@@ -214,6 +199,56 @@ class Device:
                 ms=round(answer.total_ms, 2),
             )
         return answer, output
+
+    def _compute(self, batch: Array, strain: Strain | None, start: float, due: float) -> tuple[Answer, Output | None]:
+        """Up to an early split and no further, or to the exit and what the policy makes of its reading."""
+        refused: _Refused | None = None
+        early = self._leaves_early(strain, due - time.perf_counter())
+        if early is None:
+            began = time.perf_counter()
+            output = self._member.run(batch)
+            self._whole_s = time.perf_counter() - began
+        else:
+            features = self._member.start(batch, early.route.split)
+            # Should nobody answer, the rest is still to be computed before the deadline.
+            asked = self._ask(early, features, start, time.perf_counter(), due - (self._whole_s or 0.0))
+            if isinstance(asked, Answer):
+                return asked, None
+            refused = asked
+            output = self._member.finish(features, early.route.split)
+        reading = read(output.logits[0], self._temperature)
+        local = _Local(start, time.perf_counter(), output, reading, os.urandom(16))
+        threshold = self._threshold if strain is None else raise_threshold(self._threshold, strain)
+        answer = self._decided(local, threshold, due) if refused is None else self._after_refusal(local, refused)
+        asked_for_strain = refused is not None or reading.confidence < threshold
+        if strain is not None and asked_for_strain and reading.confidence >= self._threshold:
+            answer = explained(answer, strain)
+        return answer, output
+
+    def _leaves_early(self, strain: Strain | None, remaining_s: float) -> Offload | None:
+        """Not at the first frame: how long the whole takes must be known, to have an answer if no server has one."""
+        if strain is None or self._uplink is None or self._whole_s is None:
+            return None
+        return self._early.choose(strain, self._uplink, remaining_s - self._whole_s)
+
+    def _decided(self, local: _Local, threshold: float, due: float) -> Answer:
+        """Kept or offloaded, as the policy says."""
+        confidence, features = local.reading.confidence, local.output.features
+        # Nobody is asked where the exit is sure: looking for a route would cost more than the decision.
+        routes = SWITCHED_OFF if confidence >= threshold else self._routes()
+        decision = decide(confidence, threshold, routes, due - local.computed)
+        if self._auditor is not None:
+            kept = isinstance(decision, Keep) and confidence >= self._threshold
+            self._auditor.saw(None if features is None else features[0], local.reading, kept)
+        if isinstance(decision, Keep):
+            return self._local_answer(local, decision)
+        assert features is not None  # without them there is no route
+        asked = self._ask(decision, features, local.start, local.computed, due, local.request_id)
+        return asked if isinstance(asked, Answer) else self._after_refusal(local, asked)
+
+    def _after_refusal(self, local: _Local, refused: _Refused) -> Answer:
+        """Whatever went wrong above, the device's own answer is there."""
+        return self._local_answer(local, Keep(refused.reason, degraded=True), refused.sent)
 
     def submit(
         self, image: Any, *, deadline_s: float | None = None, when: Literal["now", "eventually"] = "now"
@@ -244,7 +279,7 @@ class Device:
     def _eventually(self, forwarder: Forwarder, image: Any, deadline_s: float | None, future: Future[Answer]) -> None:
         try:
             answer, output = self._infer(image, deadline_s)
-            if answer.degraded and answer.tier == "device" and output.features is not None:
+            if answer.degraded and answer.tier == "device" and output is not None and output.features is not None:
                 forwarder.keep(answer, str(self._split), self._rates[0].codec, output.features[0], future)
             else:
                 future.set_result(answer)
@@ -277,29 +312,30 @@ class Device:
             codec="" if sent is None else sent.codec,
         )
 
-    def _offload(self, local: _Local, chosen: Offload, due: float) -> Answer:
-        """Ask the servers; whatever goes wrong, the device's own answer is there."""
-        features: Features | None = local.output.features
-        assert features is not None
+    def _ask(
+        self, chosen: Offload, features: Features, start: float, computed: float, due: float, request_id: bytes = b""
+    ) -> Answer | _Refused:
+        """Ask the servers to continue from `features`. Times are of time.perf_counter()."""
         assert self._uplink is not None
+        request_id = request_id or os.urandom(16)
         decided = time.perf_counter()
         sent = _Sent(decided, 0.0, 0, "")
         try:
             payload = self.family.codec(chosen.route.split, chosen.codec).encode(features[0])
         except CodecError as exc:
-            return self._local_answer(local, Keep(f"{exc.code}: {exc}", degraded=True), sent)
+            return _Refused(f"{exc.code}: {exc}", sent)
         at = time.perf_counter()
         sent = _Sent(at, (at - decided) * 1e3, len(payload), chosen.codec)
         if due <= at:
-            late = Keep(f"{LinkTimeout.code}: the deadline passed while the features were coded", degraded=True)
-            return self._local_answer(local, late, sent._replace(bytes_up=0))
-        resort = self._uplink.request(chosen, local.request_id, payload, due - at)
+            late = f"{LinkTimeout.code}: the deadline passed while the features were coded"
+            return _Refused(late, sent._replace(bytes_up=0))
+        resort = self._uplink.request(chosen, request_id, payload, due - at)
         try:
             answered = resort.answer(due - at, len(self.family.labels))
         except LinkError as exc:
             resort.abandon()
             story = f" ({resort.story})" if resort.story else ""
-            return self._local_answer(local, Keep(f"{exc.code}: {exc}{story}", degraded=True), sent)
+            return _Refused(f"{exc.code}: {exc}{story}", sent)
         reply = answered.reply
         done = time.perf_counter()
         reason = reply.reason if reply.degraded else chosen.reason
@@ -313,11 +349,9 @@ class Device:
             reason=f"{reason}; {resort.story}" if resort.story else reason,
             bytes_up=answered.bytes_up,
             bytes_down=answered.bytes_down,
-            total_ms=(done - local.start) * 1e3,
-            timings=Timings(
-                (local.computed - local.start) * 1e3, sent.encode_ms, (done - sent.at) * 1e3, tuple(reply.hops)
-            ),
-            request_id=local.request_id.hex(),
+            total_ms=(done - start) * 1e3,
+            timings=Timings((computed - start) * 1e3, sent.encode_ms, (done - sent.at) * 1e3, tuple(reply.hops)),
+            request_id=request_id.hex(),
             codec=sent.codec,
         )
 
@@ -331,18 +365,17 @@ class _Sent(NamedTuple):
     codec: str
 
 
+class _Refused(NamedTuple):
+    """No server's answer, and why."""
+
+    reason: str
+    sent: _Sent
+
+
 def load_family(bundle: str | Path, settings: DeviceSettings) -> Family:
     """What the device in `settings` needs of a bundle, signed as they want it. Raises BundleError, SettingsError."""
     trusted = TrustedKeys.parse(settings.trusted_keys)
     return Family.load(bundle, trusted=trusted, member=settings.member, backend=settings.backend)
-
-
-def _under_strain(answer: Answer, strain: Strain) -> Answer:
-    """It was sure enough to be kept at ease. So it is not degraded where nobody else could answer."""
-    if answer.tier == "device":
-        reason = f"confident; kept although {strain.reason}: {answer.reason}"
-        return replace(answer, degraded=False, reason=reason)
-    return replace(answer, reason="; ".join(filter(None, (answer.reason, f"offloaded because {strain.reason}"))))
 
 
 class _Local(NamedTuple):

@@ -184,17 +184,34 @@ class Member:
 
     def run(self, batch: Array) -> Output:
         """`batch`: the input, or features at `source`: float32 [n, …]. Raises BackendError."""
-        features: Array | None = batch
+        return self.finish(batch, self.source)
+
+    @property
+    def early_splits(self) -> tuple[str, ...]:
+        """Splits that it passes on the way to its end, the first one first."""
+        return tuple(str(segment.split) for segment in self.segments[:-1])
+
+    def start(self, batch: Array, split: str) -> Array:
+        """Features at one of `early_splits`; nothing behind it is computed. `batch` as for `run`."""
+        features = batch
+        for segment in self.segments[: self.early_splits.index(split) + 1]:
+            features = segment.runner.run(features)[0]
+        return features
+
+    def finish(self, features: Array, split: str) -> Output:
+        """What `run` gives, from features at `split` on: one of `early_splits`, or `source`."""
+        first = 0 if split == self.source else self.early_splits.index(split) + 1
+        reached: Array | None = features
         logits: Array | None = None
-        for segment in self.segments:
-            assert features is not None  # _check_references: only the last segment may end without a split
-            outputs = segment.runner.run(features)
-            features = outputs[0] if segment.split is not None else None
+        for segment in self.segments[first:]:
+            assert reached is not None  # _check_references: only the last segment may end without a split
+            outputs = segment.runner.run(reached)
+            reached = outputs[0] if segment.split is not None else None
             logits = outputs[-1] if segment.exit is not None else None
         last = self.segments[-1]
         assert logits is not None  # _check_references: a member ends at an exit
         assert last.exit is not None
-        return Output(features, last.split, logits, last.exit)
+        return Output(reached, last.split, logits, last.exit)
 
 
 def _open_codecs(root: Path, manifest: Manifest, files: dict[str, bytes]) -> dict[tuple[str, str], FeatureCodec]:

@@ -74,6 +74,8 @@ class Strain(Struct, frozen=True):
 Decision = Keep | Offload
 
 CONFIDENT = "confident"
+# Strain from which on computing up to the exit is not worth it any more: a threshold half way to 1 keeps little.
+EARLY_SHARE = 0.5
 
 
 def decide(confidence: float, threshold: float, routes: Sequence[Route] | NoRoute, remaining_s: float) -> Decision:
@@ -86,14 +88,36 @@ def decide(confidence: float, threshold: float, routes: Sequence[Route] | NoRout
         return _CONFIDENT
     if isinstance(routes, NoRoute):
         return Keep(routes.reason, degraded=not routes.by_choice)
+    chosen = _first_in_time(routes, remaining_s)
+    if chosen is None:
+        return Keep(_too_slow(routes[0], remaining_s), degraded=True)
+    reason = f"confidence {confidence:.2f} is below {threshold:.2f}"
+    return Offload(chosen.route, chosen.codec, "; ".join(filter(None, (reason, chosen.reason))))
+
+
+def leave_early(strain: Strain, split: str, routes: Sequence[Route] | NoRoute, remaining_s: float) -> Offload | None:
+    """Under hard strain: send the features of `split`, which lies before the device's exit, and compute no further.
+
+    None where the device should go on to its exit: at ease, or when nobody takes features there in time.
+    `remaining_s` must leave out what going on would take, so that there is an answer when the server gives none.
+    """
+    if strain.share < EARLY_SHARE or isinstance(routes, NoRoute):
+        return None
+    chosen = _first_in_time(routes, remaining_s)
+    if chosen is None:
+        return None
+    reason = f"left at the earlier split {split} because {strain.reason}"
+    return Offload(chosen.route, chosen.codec, "; ".join(filter(None, (reason, chosen.reason))))
+
+
+def _first_in_time(routes: Sequence[Route], remaining_s: float) -> Offload | None:
+    """The first route, by its largest codec that is expected to make it; its reason says why not by the preferred."""
     for route in routes:
         for rate in route.rates:
             if route.estimate.expected_s(rate.sent_bytes) <= remaining_s:
-                reason = f"confidence {confidence:.2f} is below {threshold:.2f}"
-                if rate is not route.rates[0]:
-                    reason += f"; {rate.codec}, since {_too_slow(route, remaining_s)}"
-                return Offload(route, rate.codec, reason)
-    return Keep(_too_slow(routes[0], remaining_s), degraded=True)
+                smaller = rate is not route.rates[0]
+                return Offload(route, rate.codec, f"{rate.codec}, since {_too_slow(route, remaining_s)}" * smaller)
+    return None
 
 
 def rates(split: Split, codec: str = "") -> tuple[Rate, ...]:
