@@ -21,11 +21,12 @@ from kinflow.auditor import Auditor
 from kinflow.backends import Acceleration
 from kinflow.codec import Features
 from kinflow.confidence import Reading, read
-from kinflow.errors import CodecError, LinkError, LinkTimeout, SettingsError
+from kinflow.errors import SettingsError
 from kinflow.family import Array, Family, Output
 from kinflow.forwarder import Forwarder
 from kinflow.logs import event
 from kinflow.messages import MAX_DEADLINE_MS
+from kinflow.offload import Refused, Sent, Times, ask
 from kinflow.outbox import Outbox
 from kinflow.policy import Keep, NoRoute, Offload, Route, Strain, decide, raise_threshold, rates
 from kinflow.preprocess import Preprocessor
@@ -202,7 +203,8 @@ class Device:
 
     def _compute(self, batch: Array, strain: Strain | None, start: float, due: float) -> tuple[Answer, Output | None]:
         """Up to an early split and no further, or to the exit and what the policy makes of its reading."""
-        refused: _Refused | None = None
+        request_id = os.urandom(16)
+        refused: Refused | None = None
         early = self._leaves_early(strain, due - time.perf_counter())
         if early is None:
             began = time.perf_counter()
@@ -211,13 +213,14 @@ class Device:
         else:
             features = self._member.start(batch, early.route.split)
             # Should nobody answer, the rest is still to be computed before the deadline.
-            asked = self._ask(early, features, start, time.perf_counter(), due - (self._whole_s or 0.0))
+            times = Times(start, time.perf_counter(), due - (self._whole_s or 0.0))
+            asked = self._offloaded(early, features, request_id, times)
             if isinstance(asked, Answer):
                 return asked, None
             refused = asked
             output = self._member.finish(features, early.route.split)
         reading = read(output.logits[0], self._temperature)
-        local = _Local(start, time.perf_counter(), output, reading, os.urandom(16))
+        local = _Local(start, time.perf_counter(), output, reading, request_id)
         threshold = self._threshold if strain is None else raise_threshold(self._threshold, strain)
         answer = self._decided(local, threshold, due) if refused is None else self._after_refusal(local, refused)
         asked_for_strain = refused is not None or reading.confidence < threshold
@@ -243,10 +246,14 @@ class Device:
         if isinstance(decision, Keep):
             return self._local_answer(local, decision)
         assert features is not None  # without them there is no route
-        asked = self._ask(decision, features, local.start, local.computed, due, local.request_id)
+        asked = self._offloaded(decision, features, local.request_id, Times(local.start, local.computed, due))
         return asked if isinstance(asked, Answer) else self._after_refusal(local, asked)
 
-    def _after_refusal(self, local: _Local, refused: _Refused) -> Answer:
+    def _offloaded(self, chosen: Offload, features: Features, request_id: bytes, times: Times) -> Answer | Refused:
+        assert self._uplink is not None  # without it there is no route
+        return ask(self._uplink, self.family, chosen, features, request_id, times)
+
+    def _after_refusal(self, local: _Local, refused: Refused) -> Answer:
         """Whatever went wrong above, the device's own answer is there."""
         return self._local_answer(local, Keep(refused.reason, degraded=True), refused.sent)
 
@@ -291,7 +298,7 @@ class Device:
             return SWITCHED_OFF
         return NOT_OPEN if self._uplink is None else self._uplink.routes(self._split, self._rates)
 
-    def _local_answer(self, local: _Local, keep: Keep, sent: _Sent | None = None) -> Answer:
+    def _local_answer(self, local: _Local, keep: Keep, sent: Sent | None = None) -> Answer:
         return Answer(
             label=self.family.labels[local.reading.label],
             index=local.reading.label,
@@ -311,65 +318,6 @@ class Device:
             request_id=local.request_id.hex(),
             codec="" if sent is None else sent.codec,
         )
-
-    def _ask(
-        self, chosen: Offload, features: Features, start: float, computed: float, due: float, request_id: bytes = b""
-    ) -> Answer | _Refused:
-        """Ask the servers to continue from `features`. Times are of time.perf_counter()."""
-        assert self._uplink is not None
-        request_id = request_id or os.urandom(16)
-        decided = time.perf_counter()
-        sent = _Sent(decided, 0.0, 0, "")
-        try:
-            payload = self.family.codec(chosen.route.split, chosen.codec).encode(features[0])
-        except CodecError as exc:
-            return _Refused(f"{exc.code}: {exc}", sent)
-        at = time.perf_counter()
-        sent = _Sent(at, (at - decided) * 1e3, len(payload), chosen.codec)
-        if due <= at:
-            late = f"{LinkTimeout.code}: the deadline passed while the features were coded"
-            return _Refused(late, sent._replace(bytes_up=0))
-        resort = self._uplink.request(chosen, request_id, payload, due - at)
-        try:
-            answered = resort.answer(due - at, len(self.family.labels))
-        except LinkError as exc:
-            resort.abandon()
-            story = f" ({resort.story})" if resort.story else ""
-            return _Refused(f"{exc.code}: {exc}{story}", sent)
-        reply = answered.reply
-        done = time.perf_counter()
-        reason = reply.reason if reply.degraded else chosen.reason
-        return Answer(
-            label=self.family.labels[reply.label],
-            index=reply.label,
-            confidence=reply.confidence,
-            tier=reply.tier,
-            exit=reply.exit,
-            degraded=reply.degraded,
-            reason=f"{reason}; {resort.story}" if resort.story else reason,
-            bytes_up=answered.bytes_up,
-            bytes_down=answered.bytes_down,
-            total_ms=(done - start) * 1e3,
-            timings=Timings((computed - start) * 1e3, sent.encode_ms, (done - sent.at) * 1e3, tuple(reply.hops)),
-            request_id=request_id.hex(),
-            codec=sent.codec,
-        )
-
-
-class _Sent(NamedTuple):
-    """What left the device, and when (time.perf_counter())."""
-
-    at: float
-    encode_ms: float
-    bytes_up: int
-    codec: str
-
-
-class _Refused(NamedTuple):
-    """No server's answer, and why."""
-
-    reason: str
-    sent: _Sent
 
 
 def load_family(bundle: str | Path, settings: DeviceSettings) -> Family:
