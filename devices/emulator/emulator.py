@@ -37,7 +37,7 @@ exec chroot "$root" "$@"
 
 
 _NO_COMPILING = """def compile_file(*args, **options):
-    return True
+    return False
 
 
 compile_dir = compile_path = compile_file
