@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from kinflow_builder.cost import cost
 from kinflow_builder.export import export_onnx, refuse_beyond
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.recipe import Exit, Recipe
+from kinflow_builder.recipe import Exit, Precision, Recipe
 from kinflow_builder.trunk import Segment, Trunk, make_network
 
 pytestmark = [pytest.mark.builder, pytest.mark.usefixtures("brief_timing")]
@@ -238,7 +239,8 @@ def test_whole_build(tmp_path: Path) -> None:
 
     # Another default rate and a promise that so few images can keep, with the graphs that are there.
     coding = {"s1": msgspec.structs.replace(recipe.coding["s1"], rates=[1.25], default=1.25)}
-    wish = msgspec.structs.replace(recipe, coding=coding, exits={"device": Exit(0.9, 0.5)})
+    precision: dict[str, Precision] = {**recipe.precision, "device": "auto"}
+    wish = msgspec.structs.replace(recipe, coding=coding, exits={"device": Exit(0.9, 0.5)}, precision=precision)
     rebuild(replace(build, recipe=wish))
     again = Family.load(out / "bundle")
     assert again.manifest.segments == family.manifest.segments
@@ -246,6 +248,7 @@ def test_whole_build(tmp_path: Path) -> None:
     assert set(again.manifest.splits["s1"].codecs) == {"s1-q4", "s1-q4x1.25", "s1-q8"}
     assert again.manifest.splits["s1"].codecs["s1-q4"] == family.manifest.splits["s1"].codecs["s1-q4"]
     assert again.manifest.exits["device"].certificate is not None
+    assert re.search(r"\| device.onnx \| [\d.]+ \| 32-bit floats \|", (out / "bundle" / "card.md").read_text())
     other = msgspec.structs.replace(recipe, coding={"s2": coding["s1"]})
     with pytest.raises(SettingsError, match="the bundle has the splits"):
         rebuild(replace(build, recipe=other))

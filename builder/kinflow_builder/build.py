@@ -19,7 +19,7 @@ from kinflow_builder.assemble import assemble, reassemble
 from kinflow_builder.exits import calibrated_exits, describe
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.precision import settled
+from kinflow_builder.precision import settled, shipped
 from kinflow_builder.recipe import IdxData, Recipe
 from kinflow_builder.stitch_recipe import AnyRecipe
 from kinflow_builder.trunk import Trunk
@@ -72,6 +72,9 @@ def rebuild(build: Build) -> figures.Figures:
     """
     recipe, log, images = build.recipe, build.log, build.images
     old = Family.load(build.out)
+    if isinstance(recipe, Recipe):
+        recipe = shipped(recipe, old)
+        build = replace(build, recipe=recipe)
     with bundle.staged(build.out) as stage:
         manifest = reassemble(stage, recipe, old, _some(images.train, recipe), _some(images.held_out, recipe), log)
         found = certify_and_measure(stage, manifest, build)

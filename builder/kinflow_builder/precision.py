@@ -12,9 +12,11 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+import onnx
 import torch
 
 from kinflow.errors import BackendError
+from kinflow.family import Family
 from kinflow.manifest import Preprocess
 from kinflow_builder.export import Array, runner, write_graph
 from kinflow_builder.export_int8 import quantise_onnx
@@ -47,6 +49,17 @@ def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, l
 
         chosen[first.name] = _decide(first, ranges, right, log)
     return msgspec.structs.replace(recipe, precision={**recipe.precision, **chosen})
+
+
+def shipped(recipe: Recipe, bundle: Family) -> Recipe:
+    """The recipe with what was decided when the bundle was built, in place of "auto"."""
+    found: dict[str, Precision] = {}
+    for name, precision in recipe.precision.items():
+        if precision == "auto" and name in bundle.manifest.segments:
+            raw = bundle.files[bundle.manifest.segments[name].graphs["onnx"].file.path]
+            nodes = onnx.load_from_string(raw).graph.node
+            found[name] = "int8" if any(node.op_type == "QuantizeLinear" for node in nodes) else "float"
+    return msgspec.structs.replace(recipe, precision={**recipe.precision, **found})
 
 
 def _decide(
