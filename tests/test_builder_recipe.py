@@ -46,7 +46,7 @@ def test_committed_recipe() -> None:
         ("[exits.device]\nepsilon = ", "[exits.device]\nepsilon = 1", "$.exits"),
         ('make = "network.py:make"', 'make = "network"', "$.network.make"),
         ('license = "MIT"', "", "license"),
-        ("default = 1.1", "default = 1.3", "default is 1.3, expected 1 or one of rates"),
+        ("default = ", "default = 1.3 # ", "default is 1.3, expected 1 or one of rates"),
         ("[members]", "[members", "recipe.toml"),
     ],
 )
