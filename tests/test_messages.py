@@ -47,6 +47,7 @@ FIELDS = {
         "top_p",
         "seed",
         "deadline_ms",
+        "follows",
     ),
     Verdict: (
         "id",

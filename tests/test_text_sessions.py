@@ -62,15 +62,18 @@ def test_an_older_start_crops_and_a_later_one_is_lost(bench: Bench) -> None:
     assert failure.code == "session-lost"
 
 
-def followed(bench: Bench, *, right: bool) -> tuple[Writer, Verify, Any, Verify, Any]:
-    """Two verifications of one text, the second sent before the first has its verdict; `right`: its drafts stand."""
+def followed(bench: Bench, wrong: int | None) -> tuple[Writer, Verify, Any, Verify, Any]:
+    """Two verifications of one text, as if the second were sent before the first has its verdict.
+
+    Drafts 1 and 2 are in the first one, 3 and 4 in the second; draft `wrong` falls.
+    """
     writer = bench.writer(drafts=0)
     expected = plain(bench.family, PROMPT, 6, codecs={"s1": "int8"})
     writer.begin(PROMPT)
     start = len(PROMPT)
     text = [*PROMPT, *expected[:5]]
-    if not right:
-        text[start + 2] = (text[start + 2] + 1) % bench.family.manifest.vocabulary
+    if wrong is not None:
+        text[start + wrong] = (text[start + wrong] + 1) % bench.family.manifest.vocabulary
     writer.tokens = text
     writer._add(text[start:])
     size = 4 + len(writer._coded[0])
@@ -86,7 +89,7 @@ def followed(bench: Bench, *, right: bool) -> tuple[Writer, Verify, Any, Verify,
 
 def test_what_follows_a_verification_goes_on_from_it(bench: Bench) -> None:
     """Sent together: the second one's first draft is the first one's token, and the text is plain decoding's."""
-    _, first, payload, second, rest = followed(bench, right=True)
+    _, first, payload, second, rest = followed(bench, None)
     bench.send(first, payload)
     verdict = bench.ask(second, rest)
     assert bench.one(first.id).accepted == 2
@@ -94,20 +97,18 @@ def test_what_follows_a_verification_goes_on_from_it(bench: Bench) -> None:
     assert verdict.token == plain(bench.family, PROMPT, 6, codecs={"s1": "int8"})[5]
 
 
-def test_what_follows_a_fallen_draft_is_refused_and_costs_nothing(bench: Bench) -> None:
+@pytest.mark.parametrize("wrong", [2, 3])
+def test_what_follows_a_fallen_draft_is_refused_and_costs_nothing(bench: Bench, wrong: int) -> None:
     """No pass, no damage: the same text goes on; nor does it count as a failure. So it is when it comes again late."""
-    writer, first, payload, second, rest = followed(bench, right=False)
-    first_verdict = bench.ask(first, payload)
-    assert first_verdict.accepted == 1
+    writer, first, payload, second, rest = followed(bench, wrong)
+    verdict = bench.ask(first, payload)
+    assert verdict.accepted == wrong - 1
     before = bench.worker.positions, bench.worker.desk.rejected
     assert bench.ask(second, rest).code == "superseded"
     assert (bench.worker.positions, bench.worker.desk.rejected) == before
-    writer._lower.crop(first.confirmed + 1)
-    writer._branch.crop(first.confirmed + 1)
-    del writer._coded[first.confirmed + 1 :]
-    writer.tokens[first.confirmed + 1 :] = [first_verdict.token]
+    writer.take(verdict, first.confirmed)
     expected = plain(bench.family, PROMPT, 6, codecs={"s1": "int8"})
-    assert writer.write(PROMPT, 4) == expected[:4]
+    assert writer.write(PROMPT, wrong + 1) == expected[: wrong + 1]
     late = msgspec.structs.replace(second, id=os.urandom(16))
     assert bench.ask(late, rest).code == "superseded"
     assert writer.write(PROMPT, 6) == expected
