@@ -18,12 +18,12 @@ class Shelf:
         self._path = path
         self._lock = threading.Lock()
         self._found: dict[str, Any] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
-        for line in lines:
-            try:
-                found = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # it was stopped in the middle of this one
+        text = path.read_text(encoding="utf-8") if path is not None and path.exists() else ""
+        whole, _, half = text.rpartition("\n")
+        if path is not None and half:  # it was stopped in the middle of this line
+            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        for line in whole.splitlines():
+            found = json.loads(line)
             self._found[found["key"]] = found["value"]
 
     def get(self, about: Any, find: Callable[[], Any]) -> Any:

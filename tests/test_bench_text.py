@@ -1,0 +1,54 @@
+"""The parts of `kinflow bench generate` that need no servers: what is kept, compared and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kinflow_bench import breakeven
+from kinflow_bench.breakeven import Measured, Speeds
+from kinflow_bench.identity import first_difference, p_value
+from kinflow_bench.shelf import Shelf
+
+SPEEDS = Speeds(0.02, 0.02, 0.04)
+
+
+def test_shelf_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """What was found is not looked for again by the next run; half a line is what a kill leaves."""
+    path = tmp_path / "state.jsonl"
+    assert Shelf(path).get(["a", 1], lambda: [3]) == [3]
+    path.write_text(path.read_text() + '{"key": "b", "va')
+    again = Shelf(path)
+    assert again.get(["a", 1], lambda: pytest.fail("it was there")) == [3]
+    assert again.get(["a", 2], lambda: {"x": None}) == {"x": None}
+    assert Shelf(path).get(["a", 2], lambda: pytest.fail("it was there")) == {"x": None}
+
+
+def test_first_difference() -> None:
+    """Texts may end by a stop token that is not shown; one that is shorter parts at its end."""
+    assert first_difference([1, 2], [1, 2, 0], [0]) is None
+    assert first_difference([1, 3], [1, 2, 0], [0]) == 1
+    assert first_difference([1], [1, 2], [0]) == 1
+
+
+def test_p_value_tells_distributions_apart() -> None:
+    """Samples of the distribution itself pass, those of a similar one do not."""
+    random, weights = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.04, 0.01])
+    drawn = random.choice(5, 1000, p=weights)
+    assert p_value(drawn.tolist(), weights, []) > 0.01
+    assert p_value(drawn.tolist(), weights[[1, 0, 2, 3, 4]], []) < 0.01
+    ended = np.where(drawn == 0, -1, drawn)  # token 0 stops: the text is empty
+    assert p_value(ended.tolist(), weights, [0]) > 0.01
+
+
+def test_break_even_is_where_both_take_as_long(tmp_path: Path) -> None:
+    """At the acceptance needed, drafting takes what the server alone takes; the plot is a picture."""
+    for round_trip_s, share in ((0.005, 1.0), (0.08, 0.25)):
+        acceptance = breakeven.needed(SPEEDS, round_trip_s, share)
+        alone_s = SPEEDS.whole_s / share
+        assert breakeven.drafted_s(SPEEDS, acceptance, round_trip_s, share) == pytest.approx(alone_s)
+    path = tmp_path / "images" / "plot.png"
+    breakeven.plot(path, SPEEDS, {"equal": 1.0}, [Measured(0.02, 1.0, 0.6, 1.2), Measured(0.08, 1.0, 0.6, 0.8)])
+    assert path.read_bytes().startswith(b"\x89PNG")
