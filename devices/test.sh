@@ -16,7 +16,9 @@ command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || skip "their r
 [ -d /proc/sys/fs/binfmt_misc ] || skip "this kernel has no binfmt_misc"
 
 said=$(mktemp -d)
-trap 'rm -r "$said"' EXIT
+second=
+trap '[ -z "$second" ] || kill "$second" 2>/dev/null || true; rm -r "$said"' EXIT
+trap 'exit 143' TERM INT # as of `timeout 12m sh devices/test.sh`
 began=$(date +%s)
 if ! PYTHON=$python sh devices/emulator/prepare.sh .cache/devices >"$said/prepare" 2>&1; then
     tail -n 20 "$said/prepare"
@@ -34,6 +36,7 @@ second=$!
 status=0
 "$python" -m pytest $one -s --timeout 1800 -p no:cacheprovider "$@" || status=$?
 wait "$second" || status=$?
+second=
 cat "$said/other"
 echo "device tests: ended with $status after $(($(date +%s) - began)) s"
 exit "$status"
