@@ -25,7 +25,7 @@ test: setup-dev setup-builder
 
 # Emulated boards (docs/boards.md): root, Debian or Ubuntu.
 test-devices: setup-dev
-	$(BIN)/python -m pytest devices/tests -s --timeout 1800 $(ARGS)
+	sh devices/test.sh $(ARGS)
 
 # A whole emulated machine with systemd; slower.
 test-board-boot: setup-dev
