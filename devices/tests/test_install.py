@@ -140,7 +140,7 @@ def answers(_: User, said: str) -> None:
 
 def acts(_: User, said: str) -> None:
     """The camera app says something of each picture; a runtime may say something of itself."""
-    assert len(re.findall(r"^.+ by the device  \d+ ms$", said, re.MULTILINE)) == PHOTOS, said
+    assert len(re.findall(r"^.+ device +\d+ ms", said, re.MULTILINE)) == PHOTOS, said
 
 
 def serves(user: User, said: str) -> None:
