@@ -186,7 +186,7 @@ def running(*command: str, cwd: Path | None = None, prefix: tuple[str, ...] = ()
         cwd=cwd,
         env={**os.environ, TAG: tag, "TMPDIR": folder.name, "COLUMNS": "200"},
         # A shell that started the tests in the background lets them ignore Ctrl-C, and children inherit that.
-        preexec_fn=_heed_ctrl_c,
+        preexec_fn=heed_ctrl_c,
     )
     run = Running(process, tag)
     assert process.stdout is not None
@@ -206,7 +206,8 @@ def running(*command: str, cwd: Path | None = None, prefix: tuple[str, ...] = ()
         folder.cleanup()
 
 
-def _heed_ctrl_c() -> None:
+def heed_ctrl_c() -> None:
+    """In a child: a shell that runs the tests in the background lets them ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

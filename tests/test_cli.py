@@ -18,6 +18,7 @@ import kinflow
 from kinflow import idx
 from kinflow.discovery import Advert, Node
 from kinflow.family import Family
+from system_fixtures import heed_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "families/fashion/bundle"
@@ -214,9 +215,8 @@ def test_interrupting_is_quiet() -> None:
     """Ctrl-C ends a stream that would go on for ever: status 130, the summary, no traceback."""
     size = Family.load(BUNDLE).preprocess
     command = [sys.executable, "-m", "kinflow", "run", "--local", "-"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heed_ctrl_c) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
