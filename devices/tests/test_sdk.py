@@ -8,7 +8,7 @@ from emulator import Board
 
 from conftest import ROOT, Sdk
 
-# What runs in seconds under emulation and touches bytes, floats, files or the board. `kinflow device` and `kinflow tune`
+# What runs in seconds under emulation and touches bytes, floats, files or the board. `kinflow device` and `tune`
 # run where the boards' READMEs are followed.
 MODULES = (
     *("backends", "board", "codec", "confidence", "frame", "idx", "images", "messages", "packet", "policy"),
