@@ -14,6 +14,9 @@ if [ "${1:-}" = --may-skip ]; then may_skip=yes; shift; fi
 [ "$(uname -s)" = Linux ] && [ "$(id -u)" = 0 ] || skip "they need root on Linux"
 command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || skip "their root comes by apt: Debian or Ubuntu"
 [ -d /proc/sys/fs/binfmt_misc ] || skip "this kernel has no binfmt_misc"
+[ -e /proc/sys/fs/binfmt_misc/register ] || mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc 2>/dev/null ||
+    skip "binfmt_misc cannot be mounted here"
+unshare --net true 2>/dev/null || skip "there are no network namespaces here"
 
 said=$(mktemp -d)
 second=
