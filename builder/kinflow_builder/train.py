@@ -248,8 +248,9 @@ def exit_loss(
 
 
 def faster(device: torch.device) -> torch.autocast:
-    """16-bit arithmetic on an accelerator. On processors without AMX it takes twice the time of 32 bits."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
+    """16-bit arithmetic where there are instructions for it: 0.7 times the time on AVX-512 BF16, twice without."""
+    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
 
 
 def evaluate(trunk: nn.Module, data: Inputs) -> dict[str, float]:
