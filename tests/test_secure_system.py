@@ -26,6 +26,7 @@ from kinflow.settings import BrokerSettings, DeviceSettings, ServerSettings, Tls
 from kinflow_edge.broker import Broker
 from kinflow_edge.server import Server
 from system_fixtures import LOOPBACK, copy_bundle, member_answer, running, sample_images
+from tls_site import mosquitto_with
 
 pytest.importorskip("cryptography", reason="certificates are made with it: pip install 'kinflow[pki]'")
 pytestmark = pytest.mark.skipif("mosquitto" not in KINDS, reason="mosquitto is not installed")
@@ -113,8 +114,6 @@ def test_a_rogue_announcement_attracts_nobody(pki: TestAuthority, bundle: Path, 
 @contextmanager
 def rogue_broker(pki: TestAuthority, folder: Path, kind: str, family: Family, seen: list[str]) -> Iterator[int]:
     """A broker that lets anybody in, with a ready server's status; `seen` gets every request. Its port."""
-    from test_tls import mosquitto_with
-
     served = Served(
         family.id, family.version, {split: list(spec.codecs) for split, spec in family.manifest.splits.items()}
     )

@@ -1,4 +1,4 @@
-"""Mutual TLS against a real mosquitto: who gets in, who is believed, what each may read and write."""
+"""Mutual TLS against a real mosquitto: what crosses, who gets in, who is believed, who is thrown out."""
 
 from __future__ import annotations
 
@@ -13,31 +13,23 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from authority import TestAuthority
 from brokers import KINDS, wait_until
-from kinflow import children, frame, topics
+from kinflow import frame, topics
 from kinflow.errors import BrokerError, SettingsError
 from kinflow.link import Link
-from kinflow.mqtt import BrokerAddress, Connection
+from kinflow.mqtt import BrokerAddress
 from kinflow.settings import BrokerSettings, TlsSettings
 from kinflow.tls import Credentials, refuse_plain
-from kinflow_edge import broker as broker_module
 from kinflow_edge.broker import Broker
+from tls_site import CAM, EDGE, OTHER, REQUEST, REQUESTS, Client, mosquitto_with
 
 pytest.importorskip("cryptography", reason="certificates are made with it: pip install 'kinflow[pki]'")
 pytestmark = pytest.mark.skipif("mosquitto" not in KINDS, reason="mosquitto is not installed")
-
-CAM, OTHER = "device.cam-1", "device.cam-2"
-EDGE = "edge.kitchen"
-REQUEST = topics.request("edge", "fam", "s1", CAM)
-REQUESTS = topics.requests("edge", "fam", "s1", "")
-# What is refused is dropped in silence: a message sent after it shows that it is not still on its way.
-MARK = b"mark"
 
 
 @pytest.fixture(scope="module")
@@ -49,36 +41,6 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> TestAuthority:
 def broker(pki: TestAuthority) -> Iterator[Broker]:
     with Broker(BrokerSettings(kind="mosquitto", port=0), pki.tls(EDGE)) as broker:
         yield broker
-
-
-class Client:
-    """A connection that keeps what comes."""
-
-    def __init__(self, broker: Broker, tls: Credentials | None, *subscriptions: str, name: str = "") -> None:
-        self.came: list[tuple[str, bytes]] = []
-        self.connection = Connection(
-            broker.address,
-            name or f"client-{os.urandom(6).hex()}",
-            on_message=lambda topic, data: self.came.append((topic, bytes(data))),
-            subscriptions=subscriptions,
-            tls=tls,
-        )
-
-    def __enter__(self) -> Client:
-        self.connection.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-
-    def connected(self) -> Client:
-        assert self.connection.wait_connected(10)
-        return self
-
-    def payloads(self, until: bytes = MARK) -> list[bytes]:
-        """What came before `until` did."""
-        wait_until(lambda: any(data == until for _, data in self.came))
-        return [data for _, data in self.came if data != until]
 
 
 def test_messages_of_every_size_cross(pki: TestAuthority, broker: Broker) -> None:
@@ -126,96 +88,6 @@ with Connection(address, "brief", on_message=print, tls=tls, will=(sys.argv[3], 
         wait_until(lambda: server.came != [])
         time.sleep(0.2)
         assert [len(data) for _, data in server.came] == [1_000_000]
-
-
-def test_a_device_asks_under_its_own_name_only(pki: TestAuthority, broker: Broker) -> None:
-    """What a device publishes on another's request topic reaches no server."""
-    with (
-        Client(broker, pki.credentials(EDGE), REQUESTS, topics.request_to(EDGE, "fam", "s1", "+")) as server,
-        Client(broker, pki.credentials(OTHER)) as other,
-    ):
-        server.connected()
-        other.connected()
-        other.connection.publish(REQUEST, b"in another's name")
-        other.connection.publish(topics.request_to(EDGE, "fam", "s1", CAM), b"and to this node")
-        other.connection.publish(topics.request("edge", "fam", "s1", OTHER), MARK)
-        assert server.payloads() == []
-
-
-def test_a_device_reads_its_own_replies_only(pki: TestAuthority, broker: Broker) -> None:
-    """Subscribed to everything, a device gets statuses and what was sent to itself."""
-    with (
-        Client(broker, pki.credentials(EDGE)) as server,
-        Client(broker, pki.credentials(CAM), topics.reply(CAM)) as device,
-        Client(broker, pki.credentials(OTHER), "#") as curious,
-    ):
-        for client in (server, device, curious):
-            client.connected()
-        device.connection.publish(REQUEST, b"features")
-        server.connection.publish(topics.reply(CAM), b"an answer")
-        server.connection.publish(topics.reply(CAM), MARK)
-        server.connection.publish(topics.reply(OTHER), MARK)
-        assert device.payloads() == [b"an answer"]
-        assert curious.payloads() == []
-
-
-@pytest.mark.parametrize("topic", [topics.reply(CAM), topics.status(EDGE), topics.status(OTHER), "anything/else"])
-def test_a_device_neither_answers_nor_tells_a_status(pki: TestAuthority, broker: Broker, topic: str) -> None:
-    """Replies and statuses are the servers' to write."""
-    with (
-        Client(broker, pki.credentials(CAM), topics.reply(CAM), topics.ALL_STATUS) as device,
-        Client(broker, pki.credentials(OTHER)) as forger,
-        Client(broker, pki.credentials(EDGE)) as server,
-    ):
-        for client in (device, forger, server):
-            client.connected()
-        forger.connection.publish(topic, b"forged", retain=True)
-        forger.connection.publish(topics.request("edge", "fam", "s1", OTHER), b"last")
-        time.sleep(0.1)
-        server.connection.publish(topics.reply(CAM), MARK)
-        assert device.payloads() == []
-
-
-def test_a_server_takes_its_own_tier_only(pki: TestAuthority, broker: Broker) -> None:
-    """An edge server is not shown what is meant for the cloud, and a server that is not listed is shown nothing."""
-    cloud = topics.requests("cloud", "fam", "s1", "")
-    mine, other_node = (topics.request_to(node, "fam", "s1", "+") for node in (EDGE, "edge.attic"))
-    with (
-        Client(broker, pki.credentials(EDGE), REQUESTS, cloud, mine, other_node) as server,
-        Client(broker, pki.credentials("edge.stranger"), REQUESTS, cloud, mine) as stranger,
-        Client(broker, pki.credentials(CAM)) as device,
-    ):
-        for client in (server, stranger, device):
-            client.connected()
-        device.connection.publish(topics.request("cloud", "fam", "s1", CAM), b"for the cloud")
-        device.connection.publish(topics.request_to("edge.attic", "fam", "s1", CAM), b"for another node")
-        device.connection.publish(topics.request_to(EDGE, "fam", "s1", CAM), b"for this node")
-        device.connection.publish(REQUEST, MARK)
-        assert server.payloads() == [b"for this node"]
-        server.connection.publish(topics.reply("edge.stranger"), MARK)
-        assert [topic for topic, _ in stranger.came] == []
-
-
-def test_listed_servers_share_the_requests(pki: TestAuthority) -> None:
-    """`broker.servers` lets a second server in; with a secret group no device can take its share."""
-    settings = BrokerSettings(kind="mosquitto", port=0, servers=["edge.attic"], group="secret-7f3a")
-    shared = topics.requests("edge", "fam", "s1", "secret-7f3a")
-    guessed = topics.requests("edge", "fam", "s1", "edge")
-    with (
-        Broker(settings, pki.tls(EDGE)) as own,
-        Client(own, pki.credentials(EDGE), shared) as first,
-        Client(own, pki.credentials("edge.attic"), shared) as second,
-        Client(own, pki.credentials(OTHER), guessed) as thief,
-        Client(own, pki.credentials(CAM)) as device,
-    ):
-        for client in (first, second, thief, device):
-            client.connected()
-        for number in range(20):
-            device.connection.publish(REQUEST, b"%d" % number)
-        wait_until(lambda: len(first.came) + len(second.came) == 20)
-        assert first.came
-        assert second.came
-        assert thief.came == []
 
 
 def test_without_a_certificate_nobody_gets_in(pki: TestAuthority, broker: Broker, tmp_path: Path) -> None:
@@ -288,31 +160,6 @@ def test_a_server_of_another_name_can_be_refused(pki: TestAuthority, broker: Bro
         assert link.wait_connected(10)
     with Link(broker.address, "dev", tls=pki.credentials(CAM, server="edge.garden")) as link:
         assert not link.wait_connected(1)
-
-
-@contextmanager
-def mosquitto_with(folder: Path, work: Path) -> Iterator[BrokerAddress]:
-    """A mosquitto that presents whatever certificate lies in `folder`, and asks for none."""
-    port = broker_module._free_port("127.0.0.1")
-    place = work / "impostor"
-    place.mkdir()
-    for name in ("ca.pem", "cert.pem", "key.pem"):
-        shutil.copy(folder / name, place / name)
-    (place / "conf").write_text(
-        f"listener {port} 127.0.0.1\nallow_anonymous true\ncafile ca.pem\ncertfile cert.pem\nkeyfile key.pem\n"
-    )
-    account = broker_module._account("mosquitto")
-    if account:
-        for path in (place, *place.iterdir()):
-            os.chown(path, account["user"], account["group"])
-    program = shutil.which("mosquitto") or shutil.which("mosquitto", path=broker_module.EXTRA_PATH)
-    process = children.spawn([str(program), "-c", "conf"], cwd=place, **account)
-    address = BrokerAddress("127.0.0.1", port)
-    try:
-        wait_until(lambda: broker_module._accepts(address))
-        yield address
-    finally:
-        children.stop(process)
 
 
 def test_a_revoked_device_is_thrown_out_and_the_others_stay(tmp_path: Path) -> None:
