@@ -14,6 +14,8 @@ import numpy as np
 
 from kinflow.bundle import MANIFEST
 from kinflow.messages import Verdict, Verify
+from kinflow.settings import DeviceSettings
+from kinflow.text.device import TextDevice
 from kinflow.text.family import TextFamily
 from kinflow.text.manifest import IDS
 from kinflow.text.sampling import GREEDY, Sampling, choose
@@ -77,6 +79,13 @@ def plain(
         tokens.append(choose(logits, sampling, len(tokens)).token)
         normed = chain.feed(np.array(tokens[-1:]))
     return tokens[len(prompt) :]
+
+
+def text_of(tiny: Path, prompt: str, broker: str = "", **options: Any) -> str:
+    """What the SDK generates; alone without a broker."""
+    with TextDevice.open(tiny, DeviceSettings(broker=broker, offload=bool(broker))) as device:
+        assert not broker or device.wait_for_server(20)
+        return "".join(token.text for token in device.generate(prompt, **options))
 
 
 @dataclass
