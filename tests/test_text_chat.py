@@ -154,17 +154,17 @@ def _take_terminal() -> None:
 
 
 def read_until(ours: int, wanted: str, timeout_s: float = 30.0) -> str:
-    """What the terminal shows, up to the first `wanted`."""
-    shown = ""
+    """What the terminal shows, up to the first `wanted` and no further: the rest is for the next call."""
+    shown = b""
     give_up_s = time.monotonic() + timeout_s
-    while wanted not in shown:
+    while not shown.endswith(wanted.encode()):
         assert time.monotonic() < give_up_s, shown[-500:]
         if select.select([ours], [], [], 0.1)[0]:
             try:
-                shown += os.read(ours, 65536).decode(errors="replace")
+                shown += os.read(ours, 1)
             except OSError as exc:  # the other end is gone
                 raise AssertionError(shown[-500:]) from exc
-    return shown
+    return shown.decode(errors="replace")
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(tiny: Path) -> None:
