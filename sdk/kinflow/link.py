@@ -6,11 +6,8 @@ and once on each connection when no reply came. Servers remember recent ids and 
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -32,6 +29,7 @@ from kinflow.errors import (
     SettingsError,
 )
 from kinflow.frame import Buffer, parts, unpack
+from kinflow.inflight import InFlight
 from kinflow.messages import (
     Busy,
     Cancel,
@@ -95,13 +93,8 @@ class Link:
         self.client = client_id if tls is None else str(tls.identity)
         self._reply_topic = topics.reply(self.client)
         self._on_status = on_status
-        self._max_in_flight = max_in_flight
-        self._lock = threading.Lock()
-        self._waiting: dict[bytes, Awaited] = {}
         self._nodes: dict[str, NodeStatus] = {}
         self._counters = LinkCounters()
-        self._look_s = math.inf
-        """When the requests in flight are looked after next. One call for all: most are answered before."""
         self.heard_s = time.monotonic()
         """When anything came last (time.monotonic())."""
         self.connection = Connection(
@@ -114,6 +107,7 @@ class Link:
             keepalive_s=keepalive_s,
             tls=tls,
         )
+        self._in_flight = InFlight(max_in_flight, self.connection.call_at, self._on_silence)
 
     # Lifetime
 
@@ -124,10 +118,7 @@ class Link:
     def close(self) -> None:
         """Disconnect; requests that still wait fail with LinkLost."""
         self.connection.close()
-        with self._lock:
-            left = list(self._waiting.values())
-            self._waiting.clear()
-        for future in left:
+        for future in self._in_flight.clear():
             future.set_exception(LinkLost("the link was closed"))
 
     def __enter__(self) -> Link:
@@ -200,7 +191,7 @@ class Link:
 
     def cancel(self, request_id: bytes) -> None:
         """Give a request up and tell its server; nothing when it has ended. Its future ends with RequestCancelled."""
-        future = self._forget(request_id)
+        future = self._in_flight.pop(request_id)
         if future is None:
             return
         try:
@@ -214,31 +205,20 @@ class Link:
             raise LinkError(f"request.client is {future.request.client!r}, this link is {self.client!r}")
         frame = parts(future.request, future.payload)
         try:
-            self._remember(future)
+            if not self.connection.connected:
+                raise LinkLost(f"not connected to {self.address}")
+            self._in_flight.add(future)
         except LinkError as exc:
             future.set_exception(exc)
             return future
         try:
             self._publish(future, frame)
         except LinkError as exc:
-            if self._forget(future.request.id) is not None:
+            if self._in_flight.pop(future.request.id) is not None:
                 future.set_exception(exc)
             return future
-        self._expect_silence(future)
+        self._in_flight.expect(future)
         return future
-
-    def _remember(self, future: Awaited) -> None:
-        if not self.connection.connected:
-            raise LinkLost(f"not connected to {self.address}")
-        with self._lock:
-            if len(self._waiting) >= self._max_in_flight:
-                raise LinkError(f"{len(self._waiting)} requests are in flight, {self._max_in_flight} are allowed")
-            if self._waiting.setdefault(future.request.id, future) is not future:
-                raise LinkError(f"request {future.request.id.hex()} is in flight already")
-
-    def _forget(self, request_id: bytes) -> Awaited | None:
-        with self._lock:
-            return self._waiting.pop(request_id, None)
 
     def _publish(self, future: Awaited, frame: Sequence[Buffer]) -> None:
         # Counted before: the reply may be here before publish() returns.
@@ -260,34 +240,6 @@ class Link:
 
     # Network thread: time passes
 
-    def _expect_silence(self, future: Awaited) -> None:
-        now_s = time.monotonic()
-        patience_s = max(future.repeat_after_s, (future.deadline_s - now_s) / 3)
-        with self._lock:
-            future.due_s = min(now_s + patience_s, future.deadline_s)
-            self._look_by(future.due_s)
-
-    def _look_by(self, when_s: float) -> None:
-        """Under the lock: look no later than that."""
-        if when_s < self._look_s:
-            self._look_s = when_s
-            self.connection.call_at(when_s, functools.partial(self._look, when_s))
-
-    def _look(self, when_s: float) -> None:
-        """Look after the requests that were silent for too long."""
-        with self._lock:
-            if when_s != self._look_s:
-                return  # an earlier look was called for since
-            self._look_s = math.inf
-            now_s = time.monotonic()
-            silent = [future for future in self._waiting.values() if future.due_s <= now_s]
-        try:
-            for future in silent:
-                self._on_silence(future, now_s)
-        finally:
-            with self._lock:
-                self._look_by(min((future.due_s for future in self._waiting.values()), default=math.inf))
-
     def _on_silence(self, future: Awaited, now_s: float) -> None:
         request_id = future.request.id
         if now_s < future.deadline_s:
@@ -295,7 +247,7 @@ class Link:
             if not future.repeated and self.connected:
                 future.repeated = True
                 self._publish_again(future)
-        elif self._forget(request_id) is not None:
+        elif self._in_flight.pop(request_id) is not None:
             self._counters.timed_out += 1
             log.debug("request %s: no reply in time, %d attempts", request_id.hex(), future.attempts)
             wanted = f"no reply on {future.topic} within {(future.deadline_s - future.sent_s) * 1e3:.0f} ms"
@@ -306,17 +258,13 @@ class Link:
 
     def _on_lost(self) -> None:
         self._nodes = {}  # what is still there says so again, retained, once the connection is back
-        with self._lock:
-            for future in self._waiting.values():
-                future.orphaned = True
+        self._in_flight.orphan()
 
     def _on_connected(self) -> None:
-        with self._lock:
-            orphans = [future for future in self._waiting.values() if future.orphaned]
-        for future in orphans:
+        for future in self._in_flight.orphans():
             future.orphaned = future.repeated = False
             self._publish_again(future)
-            self._expect_silence(future)
+            self._in_flight.expect(future)
 
     # The thread that reads: messages come in
 
@@ -338,10 +286,10 @@ class Link:
             return  # `kinflow pull` runs under this identity too
         if not isinstance(message, (Reply, Verdict, Busy, Failure, Echo)):
             raise FrameError(f"a {type(message).__name__} does not belong here")
-        future = self._waiting.get(message.id)
+        future = self._in_flight.get(message.id)
         if future is not None and isinstance(message, Reply if isinstance(future.request, Verify) else Verdict):
             raise FrameError(f"a {type(message).__name__} does not answer a {type(future.request).__name__}")
-        future = self._forget(message.id)
+        future = self._in_flight.pop(message.id)
         if future is None:
             self._counters.unexpected += 1
             log.debug("request %s: late, duplicate or foreign reply dropped", message.id.hex())
