@@ -195,11 +195,18 @@ def test_the_tflite_runtime_is_chosen_by_what_works(
             tflite_backend.interpreter_module()
 
 
-def test_a_runtime_that_does_not_load_is_a_named_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from kinflow.backends.onnx import open_session; open_session(b'', 'a.onnx', 1)",
+        "from kinflow.text.segment import HeadRunner; HeadRunner('head', b'', 'head.onnx', 1)",
+    ],
+    ids=["images", "text"],
+)
+def test_a_runtime_that_does_not_load_is_a_named_error(tmp_path: Path, code: str) -> None:
     """A wheel whose native part fails, as under Ctrl-C or on another processor, is no ImportError to an app."""
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('initialization failed')")
-    code = "from kinflow.backends.onnx import OnnxRunner; OnnxRunner(b'', None, 1)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "BackendError: ONNX Runtime is installed but does not load: initialization failed" in ended.stderr
 

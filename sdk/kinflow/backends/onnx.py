@@ -28,31 +28,39 @@ PROVIDERS: dict[Accelerator, str] = {
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
 
+def open_session(data: bytes, path: str, threads: int, wanted: Acceleration = ON_CPU) -> Any:
+    """An InferenceSession; `path` names the graph in errors.
+
+    Raises BackendError when ONNX Runtime is missing or refuses the graph.
+    """
+    if find_spec("onnxruntime") is None:
+        raise BackendError("ONNX Runtime is not installed: pip install 'kinflow[onnx]'")
+    try:
+        import onnxruntime
+    except ImportError as exc:  # a wheel for another processor; also Ctrl-C while it loads
+        raise BackendError(f"ONNX Runtime is installed but does not load: {exc}: see `kinflow doctor`") from exc
+
+    # For an app that imported it before kinflow, which switches telemetry off (kinflow/__init__.py).
+    onnxruntime.disable_telemetry_events()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning threads would take the core that the network thread needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*EXACT_INT8)
+    providers = choose(wanted, onnxruntime.get_available_providers())
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=providers)
+    except Exception as exc:  # onnxruntime's errors share no base class of their own
+        raise BackendError(f"{path}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}") from exc
+
+
 class OnnxRunner:
     """One InferenceSession. Safe to call from several threads."""
 
     def __init__(self, data: bytes, graph: Graph, threads: int, wanted: Acceleration = ON_CPU) -> None:
-        if find_spec("onnxruntime") is None:
-            raise BackendError("ONNX Runtime is not installed: pip install 'kinflow[onnx]'")
-        try:
-            import onnxruntime
-        except ImportError as exc:  # a wheel for another processor; also Ctrl-C while it loads
-            raise BackendError(f"ONNX Runtime is installed but does not load: {exc}: see `kinflow doctor`") from exc
-
-        # For an app that imported it before kinflow, which switches telemetry off (kinflow/__init__.py).
-        onnxruntime.disable_telemetry_events()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Spinning threads would take the core that the network thread needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry(*EXACT_INT8)
-        providers = choose(wanted, onnxruntime.get_available_providers())
-        try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=providers)
-        except Exception as exc:  # onnxruntime's errors share no base class of their own
-            raise BackendError(f"{graph.file.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}") from exc
+        self._session = open_session(data, graph.file.path, threads, wanted)
         inputs = [node.name for node in self._session.get_inputs()]
         outputs = [node.name for node in self._session.get_outputs()]
         if inputs != [graph.input.name] or outputs != [output.name for output in graph.outputs]:

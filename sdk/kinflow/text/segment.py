@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kinflow.backends.onnx import open_session
 from kinflow.errors import BackendError, InputError
 from kinflow.text.cache import Cache, stack
 
@@ -19,20 +19,7 @@ class _Session:
     """One InferenceSession with checked names."""
 
     def __init__(self, path: str, data: bytes, threads: int, inputs: set[str], outputs: list[str]) -> None:
-        if find_spec("onnxruntime") is None:
-            raise BackendError("language models run on ONNX Runtime: pip install 'kinflow[onnx]'")
-        import onnxruntime
-
-        onnxruntime.disable_telemetry_events()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # onnxruntime's errors share no base class of their own
-            raise BackendError(f"{path}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}") from exc
+        self._session = open_session(data, path, threads)
         found = {node.name for node in self._session.get_inputs()}
         made = [node.name for node in self._session.get_outputs()]
         if found != inputs or made != outputs:
