@@ -16,6 +16,9 @@ from kinflow_edge.recent import RecentRequests
 
 log = logging.getLogger("kinflow.worker")
 
+# The answer still has to travel back: a server asks upstream for that much less than what is left.
+REPLY_RESERVE_S = 0.005
+
 Asked = Request | Verify
 
 

@@ -28,12 +28,10 @@ from kinflow.resort import Resort
 from kinflow.settings import ServerSettings
 from kinflow.uplink import Uplink
 from kinflow_edge.batcher import Batcher
-from kinflow_edge.desk import Desk
+from kinflow_edge.desk import REPLY_RESERVE_S, Desk
 from kinflow_edge.job import Computed, Job
 from kinflow_edge.model import ServedFamily
 
-# The reply still has to travel back: a server asks upstream for that much less than what is left.
-REPLY_RESERVE_S = 0.005
 # How long an idle worker reads before it looks around.
 IDLE_S = 0.5
 NOTHING_ABOVE = NoRoute("no upstream is set", by_choice=True)

@@ -30,6 +30,9 @@ def _doc(text: str, **limits: Any) -> msgspec.Meta:
     return msgspec.Meta(description=text, **limits)
 
 
+# A name that may stand in a topic, as messages.py's are.
+_NAME_OR_NONE = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z"
+
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
@@ -68,11 +71,7 @@ class ServiceSettings(_Settings, frozen=True):
 
     bundle: Annotated[str, _doc("Folder or .zip of the family; empty: families/fashion/bundle.")] = ""
     name: Annotated[
-        str,
-        _doc(
-            "The device's name in its answers and topics; empty: the host name.",
-            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
-        ),
+        str, _doc("The device's name in its answers and topics; empty: the host name.", pattern=_NAME_OR_NONE)
     ] = ""
     source: Annotated[str, _doc("Where frames come from: `kinflow device --help` lists the kinds.")] = "-"
     rate_hz: Annotated[float, _doc("Frames looked at per second; 0: as many as it can.", ge=0, le=1000)] = 1.0
@@ -193,7 +192,7 @@ class BrokerSettings(_Settings, frozen=True):
         _doc(
             "Group of servers that share a broker's requests; empty: the tier. Where several share one under TLS, a "
             "secret name, the same for all: who knows it can make requests vanish.",
-            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
+            pattern=_NAME_OR_NONE,
         ),
     ] = ""
 
@@ -229,11 +228,7 @@ class ServerSettings(_Settings, frozen=True):
     """Roles `edge` and `cloud`."""
 
     node: Annotated[
-        str,
-        _doc(
-            "Name of this server, unique on its network; empty: host name and tier.",
-            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
-        ),
+        str, _doc("Name of this server, unique on its network; empty: host name and tier.", pattern=_NAME_OR_NONE)
     ] = ""
     bundles: Annotated[list[str], _doc("Bundles to serve: folders or .zip files; empty: families/fashion/bundle.")] = []
     member: Annotated[str, _doc("Member to run; empty: the one named like the tier.")] = ""

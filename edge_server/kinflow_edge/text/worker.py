@@ -21,7 +21,7 @@ from kinflow.errors import FamilyMismatch
 from kinflow.messages import Cancel, Probe, Release, Served, Tier, Verdict, Verify
 from kinflow.settings import ServerSettings
 from kinflow.uplink import Uplink
-from kinflow_edge.desk import Desk
+from kinflow_edge.desk import REPLY_RESERVE_S, Desk
 from kinflow_edge.text import engine
 from kinflow_edge.text.above import Above, Asked
 from kinflow_edge.text.job import Job
@@ -32,8 +32,6 @@ from kinflow_edge.text.turns import Turns
 
 log = logging.getLogger("kinflow.worker")
 
-# The verdict still has to travel back.
-REPLY_RESERVE_S = 0.005
 # How often an idle worker looks after its sessions, and after what it asked the tier above.
 IDLE_S = 0.5
 ASKED_S = 0.05
