@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kinflow.cli import texts
+from kinflow.cli import flags, texts
 from kinflow.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,19 +32,19 @@ def chat(
     system: Annotated[
         str, typer.Option(help="What the system says first; the template's own without.", show_default=False)
     ] = "",
-    bundle: texts.Bundle = None,
+    bundle: flags.Bundle = None,
     family: texts.FamilyName = None,
     mode: texts.ModeName = None,
     max_tokens: texts.MaxTokens = None,
     temperature: texts.Temperature = 0.0,
     top_p: texts.TopP = 1.0,
     seed: texts.Seed = None,
-    broker: texts.Broker = None,
-    interface: texts.Interface = None,
-    tls: texts.Tls = None,
-    insecure_lan: texts.InsecureLan = None,
-    wait: texts.Wait = texts.SERVER_WAIT_S,
-    settings_file: texts.SettingsFile = None,
+    broker: flags.Broker = None,
+    interface: flags.Interface = None,
+    tls: flags.Tls = None,
+    insecure_lan: flags.InsecureLan = None,
+    wait: texts.Wait = flags.SERVER_WAIT_S,
+    settings_file: flags.SettingsFile = None,
 ) -> None:
     """Talk with the model; its tokens are coloured by who said them.
 

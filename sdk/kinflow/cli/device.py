@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kinflow import settings
+from kinflow.cli import flags
 from kinflow.cli.bundles import choose_bundle
 
 
@@ -25,7 +26,7 @@ def device(
             show_default=False,
         ),
     ] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Folder or .zip of a bundle.", show_default=False)] = None,
+    bundle: flags.Bundle = None,
     rate: Annotated[
         float | None, typer.Option(help="Frames looked at per second; 0: as many as it can.", show_default=False)
     ] = None,
@@ -39,20 +40,10 @@ def device(
         bool, typer.Option("--home-assistant", help="Announce the device to Home Assistant on that broker.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="The device's name.", show_default=False)] = None,
-    broker: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a server's broker; skips discovery.", show_default=False)
-    ] = None,
+    broker: flags.Broker = None,
     local: Annotated[bool, typer.Option("--local", help="Never use the network for answers.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many answers.", show_default=False)] = None,
-    settings_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--settings",
-            help="TOML file; else ./kinflow-device.toml, ~/.config/kinflow/device.toml, "
-            "/etc/kinflow/device.toml. A flag overrides its key.",
-            show_default=False,
-        ),
-    ] = None,
+    settings_file: flags.SettingsFile = None,
 ) -> None:
     """Answer a camera's frames until stopped: always the newest, never a queue.
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from kinflow import settings
-from kinflow.cli import health_board, health_inference, health_machine, health_network
+from kinflow.cli import flags, health_board, health_inference, health_machine, health_network
 from kinflow.cli.health import Check, guarded
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -33,18 +33,8 @@ def doctor(
             help="IPv4 address whose network is checked; may be repeated. All without it.", show_default=False
         ),
     ] = None,
-    tls: Annotated[
-        str | None,
-        typer.Option(help="Folder with this device's certificate (kinflow pki issue).", show_default=False),
-    ] = None,
-    settings_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--settings",
-            help="TOML file; else ./kinflow-device.toml, ~/.config/kinflow/device.toml, /etc/kinflow/device.toml.",
-            show_default=False,
-        ),
-    ] = None,
+    tls: flags.Tls = None,
+    settings_file: flags.SettingsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Check this machine; each line says what to do. Exit status 1 when something fails."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from kinflow.cli import texts
+from kinflow.cli import flags, texts
 from kinflow.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,19 +23,19 @@ def generate(
     system: Annotated[
         str | None, typer.Option(help="What the system says before it; the template's own without.", show_default=False)
     ] = None,
-    bundle: texts.Bundle = None,
+    bundle: flags.Bundle = None,
     family: texts.FamilyName = None,
     mode: texts.ModeName = None,
     max_tokens: texts.MaxTokens = None,
     temperature: texts.Temperature = 0.0,
     top_p: texts.TopP = 1.0,
     seed: texts.Seed = None,
-    broker: texts.Broker = None,
-    interface: texts.Interface = None,
-    tls: texts.Tls = None,
-    insecure_lan: texts.InsecureLan = None,
-    wait: texts.Wait = texts.SERVER_WAIT_S,
-    settings_file: texts.SettingsFile = None,
+    broker: flags.Broker = None,
+    interface: flags.Interface = None,
+    tls: flags.Tls = None,
+    insecure_lan: flags.InsecureLan = None,
+    wait: texts.Wait = flags.SERVER_WAIT_S,
+    settings_file: flags.SettingsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, tokens, summary.")] = False,
 ) -> None:
     """Write what the model answers to PROMPT: drafted here, verified by a server.

@@ -12,6 +12,7 @@ import typer
 
 from kinflow import settings
 from kinflow.address import BrokerAddress
+from kinflow.cli import flags
 from kinflow.discovery import Browser
 from kinflow.errors import LinkLost, SettingsError
 from kinflow.manifest import BackendName
@@ -26,24 +27,16 @@ from kinflow.tls import Credentials, refuse_plain
 def pull(
     family: Annotated[str, typer.Argument(help="Id of the family.")],
     destination: Annotated[Path, typer.Argument(help="Where the bundle is to be: a link that is swapped.")],
-    broker: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a server's broker; skips discovery.", show_default=False)
-    ] = None,
+    broker: flags.Broker = None,
     tier: Annotated[Tier, typer.Option(help="Whose bundle: edge or cloud.")] = "edge",
     backend: Annotated[
         BackendName | None, typer.Option(help="Take the graphs for onnx or tflite.", show_default=False)
     ] = None,
     allow_rollback: Annotated[bool, typer.Option("--allow-rollback", help="Also take an older version.")] = False,
     wait: Annotated[float, typer.Option(help="Seconds to look for a server.")] = 5.0,
-    tls: Annotated[str | None, typer.Option(help="Folder with this device's certificate.", show_default=False)] = None,
-    insecure_lan: Annotated[
-        bool | None,
-        typer.Option("--insecure-lan", help="Ask servers beyond loopback without TLS.", show_default=False),
-    ] = None,
-    settings_file: Annotated[
-        Path | None,
-        typer.Option("--settings", help="The device's TOML file, as for kinflow run.", show_default=False),
-    ] = None,
+    tls: flags.Tls = None,
+    insecure_lan: flags.InsecureLan = None,
+    settings_file: flags.SettingsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Take this device's member from a server: resumed, verified, tried out, then swapped in."""

@@ -6,12 +6,12 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kinflow import settings
+from kinflow.cli import flags
 from kinflow.cli.bundles import choose_bundle
 from kinflow.errors import InputError
 from kinflow.images import Item, sources
@@ -19,7 +19,6 @@ from kinflow.images import Item, sources
 if TYPE_CHECKING:
     from kinflow.answer import Answer
 
-SERVER_WAIT_S = 3.0
 COLUMNS = (
     ("image", 28),
     ("answer", 14),
@@ -36,7 +35,7 @@ def run(
         list[str],
         typer.Argument(metavar="PATH…", help="Images, folders of them, idx files, or - for frames on standard input."),
     ],
-    bundle: Annotated[Path | None, typer.Option(help="Folder or .zip of a bundle.", show_default=False)] = None,
+    bundle: flags.Bundle = None,
     family: Annotated[
         str | None,
         typer.Option(help="Look for the bundle in families/NAME/bundle (fashion).", show_default=False),
@@ -49,33 +48,16 @@ def run(
         float | None,
         typer.Option(help="Keep answers at this confidence or above, 0 to 1.", show_default=False),
     ] = None,
-    broker: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a server's broker; skips discovery.", show_default=False)
-    ] = None,
-    interface: Annotated[
-        list[str] | None,
-        typer.Option(help="IPv4 address whose network is searched for servers; may be repeated.", show_default=False),
-    ] = None,
-    tls: Annotated[
-        str | None,
-        typer.Option(help="Folder with this device's certificate (kinflow pki issue).", show_default=False),
-    ] = None,
-    insecure_lan: Annotated[
-        bool | None,
-        typer.Option("--insecure-lan", help="Ask servers beyond loopback without TLS.", show_default=False),
-    ] = None,
+    broker: flags.Broker = None,
+    interface: flags.Interface = None,
+    tls: flags.Tls = None,
+    insecure_lan: flags.InsecureLan = None,
     local: Annotated[bool, typer.Option("--local", help="Never use the network.")] = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for a server before the first image.")] = SERVER_WAIT_S,
+    wait: Annotated[
+        float, typer.Option(help="Seconds to wait for a server before the first image.")
+    ] = flags.SERVER_WAIT_S,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many images.", show_default=False)] = None,
-    settings_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--settings",
-            help="TOML file; else ./kinflow-device.toml, ~/.config/kinflow/device.toml, "
-            "/etc/kinflow/device.toml. A flag overrides its key.",
-            show_default=False,
-        ),
-    ] = None,
+    settings_file: flags.SettingsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image and line.")] = False,
 ) -> None:
     """Classify images here, asking a server where the device itself is not sure.

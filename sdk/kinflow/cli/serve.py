@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from kinflow.cli import texts
+from kinflow.cli import flags, texts
 
 
 def serve(
@@ -37,15 +37,15 @@ def serve(
     ] = None,
     mode: texts.ModeName = None,
     max_tokens: texts.MaxTokens = None,
-    broker: texts.Broker = None,
-    interface: texts.Interface = None,
-    tls: texts.Tls = None,
+    broker: flags.Broker = None,
+    interface: flags.Interface = None,
+    tls: flags.Tls = None,
     insecure_lan: Annotated[
         bool | None,
         typer.Option("--insecure-lan", help="Allow connections beyond loopback without TLS.", show_default=False),
     ] = None,
-    wait: texts.Wait = texts.SERVER_WAIT_S,
-    settings_file: texts.SettingsFile = None,
+    wait: texts.Wait = flags.SERVER_WAIT_S,
+    settings_file: flags.SettingsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on standard output.")] = False,
 ) -> None:
     """Answer /v1/chat/completions and /v1/models until stopped: existing apps change their URL.

@@ -16,9 +16,6 @@ from kinflow.text.summary import Mode
 if TYPE_CHECKING:
     from kinflow.text.device import TextDevice
 
-SERVER_WAIT_S = 3.0
-
-Bundle = Annotated[Path | None, typer.Option(help="Folder or .zip of a bundle.", show_default=False)]
 FamilyName = Annotated[
     str | None, typer.Option(help="Look for the bundle in families/NAME/bundle (smollm2).", show_default=False)
 ]
@@ -27,30 +24,7 @@ MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest text, tokens
 Temperature = Annotated[float, typer.Option(min=0, max=100, help="0: the likeliest token each time.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Only the likeliest tokens that have this share together.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="The same one gives the same text.", show_default=False)]
-Broker = Annotated[
-    str | None, typer.Option(help="HOST:PORT of a server's broker; skips discovery.", show_default=False)
-]
-Interface = Annotated[
-    list[str] | None,
-    typer.Option(help="IPv4 address whose network is searched for servers; may be repeated.", show_default=False),
-]
-Tls = Annotated[
-    str | None, typer.Option(help="Folder with this device's certificate (kinflow pki issue).", show_default=False)
-]
-InsecureLan = Annotated[
-    bool | None,
-    typer.Option("--insecure-lan", help="Ask servers beyond loopback without TLS.", show_default=False),
-]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for a server first.")]
-SettingsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--settings",
-        help="TOML file; else ./kinflow-device.toml, ~/.config/kinflow/device.toml, "
-        "/etc/kinflow/device.toml. A flag overrides its key.",
-        show_default=False,
-    ),
-]
 
 
 def load_settings(
