@@ -31,7 +31,7 @@ from kinflow_builder.cost import cost
 from kinflow_builder.export import export_onnx, refuse_beyond
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.recipe import Exit, Precision, Recipe
+from kinflow_builder.recipe import Exit, Recipe, Wanted
 from kinflow_builder.trunk import Segment, Trunk, make_network
 
 pytestmark = [pytest.mark.builder, pytest.mark.usefixtures("brief_timing")]
@@ -83,7 +83,7 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trunk, Family]:
     stage = tmp_path_factory.mktemp("bundle")
     recipe = tiny_recipe()
     trunk = trained_like(recipe)
-    manifest = assemble(stage, recipe, trunk, inputs(60), inputs(20, 1), quiet(tmp_path_factory.mktemp("log")))
+    manifest = assemble(stage, inputs(60), inputs(20, 1), recipe, trunk, quiet(tmp_path_factory.mktemp("log")))
     return trunk, bundle.write_manifest(stage, manifest)
 
 
@@ -237,9 +237,15 @@ def test_whole_build(tmp_path: Path) -> None:
     np.testing.assert_array_equal(idx.read(out / "samples" / "labels-idx1-ubyte.gz"), images.test.truth[:20])
     assert str(tmp_path) not in (out / "train.log").read_text()
 
+    stored = {name: part.graphs["onnx"].precision for name, part in family.manifest.segments.items()}
+    assert stored == {"device": "float", "edge": "half", "cloud": "half"}
+
+    # A bundle from before precisions stood in it gets the recipe's.
+    manifest = out / "bundle" / "family.json"
+    manifest.write_text(manifest.read_text().replace('"precision": "half"', '"precision": null'))
     # Another default rate and a promise that so few images can keep, with the graphs that are there.
     coding = {"s1": msgspec.structs.replace(recipe.coding["s1"], rates=[1.25], default=1.25)}
-    precision: dict[str, Precision] = {**recipe.precision, "device": "auto"}
+    precision: dict[str, Wanted] = {**recipe.precision, "device": "auto"}
     wish = msgspec.structs.replace(recipe, coding=coding, exits={"device": Exit(0.9, 0.5)}, precision=precision)
     rebuild(replace(build, recipe=wish))
     again = Family.load(out / "bundle")

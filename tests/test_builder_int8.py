@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from kinflow.errors import BackendError, InputError
-from kinflow.manifest import Preprocess
+from kinflow.manifest import Precision, Preprocess
 from kinflow_builder import wheels
 from kinflow_builder.crops import crops
 from kinflow_builder.export import export_onnx, mean_difference, runner, torch_outputs
@@ -31,7 +31,7 @@ from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.precision import settled
 from kinflow_builder.quantiser import Bottleneck
-from kinflow_builder.recipe import Precision, Recipe
+from kinflow_builder.recipe import Recipe
 from kinflow_builder.trunk import Segment, Trunk
 from kinflow_builder.weights import packed, quantise_weights
 from kinflow_builder.wheels import Weights

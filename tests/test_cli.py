@@ -241,6 +241,9 @@ def test_inspect_verifies_and_describes(tmp_path: Path) -> None:
     assert about["bytes"] == sum({file.path: file.bytes for file in manifest.files()}.values())
     assert set(about["members"]) == set(manifest.members)
     assert about["exits"].keys() == manifest.exits.keys()
+    stored = about["segments"]["edge"]["graphs"]["onnx"]["precision"]
+    assert stored == manifest.segments["edge"].graphs["onnx"].precision
+    assert (stored or "not stated") in shown
     copy = tmp_path / "bundle"
     copy.mkdir()
     for name, data in {**family.files, "family.json": (BUNDLE / "family.json").read_bytes()}.items():

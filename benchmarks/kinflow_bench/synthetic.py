@@ -106,6 +106,7 @@ def _segment(
         input=manifest.Tensor("x", takes),
         outputs=outputs,
         dynamic_batch=True,
+        precision="float",
     )
     return manifest.Segment(source, split, exit_, {"onnx": graph}, macs=1, parameters=1)
 

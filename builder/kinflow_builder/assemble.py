@@ -30,9 +30,11 @@ EXAMPLES = 16
 RANGE_INPUTS = 128
 BATCH = 50
 
+Run = Callable[[Array], list[Array]]
+
 
 def assemble(
-    stage: Path, recipe: AnyRecipe, trunk: Trunk, fitting: Array, measured: Array, log: BuildLog
+    stage: Path, fitting: Array, measured: Array, recipe: AnyRecipe, trunk: Trunk, log: BuildLog
 ) -> spec.Manifest:
     """Writes the files into `stage`. Exits keep everything so far: they are calibrated through these graphs.
 
@@ -47,16 +49,9 @@ def assemble(
         source = segment.source or INPUT
         segments[segment.name] = _segment(stage, recipe, segment, source, seen[source][0], log)
         if segment.split is not None:
-            run = runner(stage / f"{segment.name}.onnx")
-            fitting, measured = (_features(run, part) for part in seen[source])
-            step = segment.bottleneck.step
-            fitted = _fit(stage, segment.split, step, recipe.coding[segment.split], fitting, measured, log)
-            splits[segment.split], default = fitted
-            # A segment that begins here sees what the codec gives back, as in service.
-            seen[segment.split] = (
-                default.dequantise(default.quantise(fitting)),
-                default.dequantise(default.quantise(measured)),
-            )
+            run, step = runner(stage / f"{segment.name}.onnx"), segment.bottleneck.step
+            fitted = _split(stage, recipe, segment.split, step, run, seen[source], log)
+            splits[segment.split], seen[segment.split] = fitted
     return spec.Manifest(
         schema=1,
         id=recipe.id,
@@ -74,38 +69,57 @@ def assemble(
 
 
 def reassemble(
-    stage: Path, recipe: AnyRecipe, old: Family, fitting: Array, measured: Array, log: BuildLog
+    stage: Path, fitting: Array, measured: Array, recipe: AnyRecipe, old: Family, log: BuildLog
 ) -> spec.Manifest:
     """As `assemble`, with the graphs of the bundle `old`: codecs are fitted again as the recipe says now.
 
     Raises SettingsError where its splits are not the recipe's.
     """
     before = old.manifest
+    segments: dict[str, spec.Segment] = {}
     if set(before.splits) != set(recipe.coding):
         raise SettingsError(f"coding names {sorted(recipe.coding)}, the bundle has the splits {sorted(before.splits)}")
     splits: dict[str, spec.Split] = {}
     seen = {INPUT: (fitting, measured)}
     for name, segment in before.segments.items():
-        for graph in segment.graphs.values():
+        graphs: dict[spec.BackendName, spec.Graph] = {}
+        for backend, graph in segment.graphs.items():
             (stage / graph.file.path).write_bytes(old.files[graph.file.path])
+            stated = graph.precision or _precision(recipe, name, backend)
+            graphs[backend] = msgspec.structs.replace(graph, precision=stated)
+        segments[name] = msgspec.structs.replace(segment, graphs=graphs)
         if segment.split is not None:
             run = runner(stage / segment.graphs["onnx"].file.path)
-            fitting, measured = (_features(run, part) for part in seen[segment.source])
             step = before.splits[segment.split].codecs[f"{segment.split}-q4"].step[0]
-            coding = recipe.coding[segment.split]
-            splits[segment.split], default = _fit(stage, segment.split, step, coding, fitting, measured, log)
-            seen[segment.split] = (
-                default.dequantise(default.quantise(fitting)),
-                default.dequantise(default.quantise(measured)),
-            )
+            fitted = _split(stage, recipe, segment.split, step, run, seen[segment.source], log)
+            splits[segment.split], seen[segment.split] = fitted
         log.line(f"{name}: its graphs are kept")
     exits = {name: spec.Exit(temperature=1.0, threshold=0.0, accuracy=0.0) for name in before.exits}
-    return msgspec.structs.replace(before, splits=splits, exits=exits)
+    return msgspec.structs.replace(before, segments=segments, splits=splits, exits=exits)
 
 
-def _features(run: Callable[[Array], list[Array]], inputs: Array) -> Array:
+def _split(
+    stage: Path, recipe: AnyRecipe, split: str, step: float, run: Run, seen: tuple[Array, Array], log: BuildLog
+) -> tuple[spec.Split, tuple[Array, Array]]:
+    """The split behind the graph `run`, which reads `seen`; and what the segments that begin there see in service:
+    features as the default codec gives them back."""
+    fitting, measured = (_features(run, part) for part in seen)
+    made, default = _fit(stage, split, step, recipe.coding[split], fitting, measured, log)
+    return made, (default.dequantise(default.quantise(fitting)), default.dequantise(default.quantise(measured)))
+
+
+def _features(run: Run, inputs: Array) -> Array:
     """Features before quantisation, of all items: a graph's first output."""
     return np.concatenate([run(inputs[begin : begin + BATCH])[0] for begin in range(0, len(inputs), BATCH)])
+
+
+def _precision(recipe: AnyRecipe, segment: str, backend: spec.BackendName) -> spec.Precision | None:
+    """Of the graph that is made for `backend`; None where "auto" is not decided yet."""
+    wanted = recipe.precision.get(segment, "float")
+    if wanted == "auto":
+        return None
+    # Of weights alone TFLite's have no smaller form.
+    return wanted if backend == "onnx" or wanted == "int8" else "float"
 
 
 def _segment(
@@ -119,15 +133,17 @@ def _segment(
     graphs: dict[spec.BackendName, spec.Graph] = {}
 
     path = stage / f"{segment.name}.onnx"
-    precision = recipe.precision.get(segment.name, "float")
+    precision = _precision(recipe, segment.name, "onnx")
+    assert precision is not None  # precision.settled has decided
     ranges = inputs[:RANGE_INPUTS]
     difference = export_onnx(segment, path, example, precision, ranges)
-    graphs["onnx"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, dynamic_batch=True)
+    graphs["onnx"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, True, precision)
     log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
     if segment.name in recipe.tflite_segments:
         path = stage / f"{segment.name}.tflite"
-        difference = export_tflite(segment, path, example, ranges if precision == "int8" else None)
-        graphs["tflite"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, dynamic_batch=False)
+        stored = _precision(recipe, segment.name, "tflite")
+        difference = export_tflite(segment, path, example, ranges if stored == "int8" else None)
+        graphs["tflite"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, False, stored)
         log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
 
     spent = cost(segment, torch.from_numpy(example[:1]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,7 +21,7 @@ from kinflow_builder.assemble import assemble, reassemble
 from kinflow_builder.exits import calibrated_exits, describe
 from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.precision import settled, shipped
+from kinflow_builder.precision import settled
 from kinflow_builder.recipe import IdxData, Recipe
 from kinflow_builder.stitch_recipe import AnyRecipe
 from kinflow_builder.trunk import Trunk
@@ -51,18 +53,13 @@ def build_family(build: Build, *, fresh: bool) -> figures.Figures:
     Raises SettingsError for the recipe, BackendError for a graph that computes something else than torch,
     BundleError for a bundle that does not hold together.
     """
-    recipe, log, images = build.recipe, build.log, build.images
+    recipe, images = build.recipe, build.images
     torch.set_num_threads(recipe.training.threads)
     torch.manual_seed(recipe.training.seed)
     trunk = aligned(build, fresh=fresh)
     if isinstance(recipe, Recipe):
-        recipe = settled(recipe, trunk, images.train, images.held_out, log)
-        build = replace(build, recipe=recipe)
-    with bundle.staged(build.out) as stage:
-        manifest = assemble(stage, recipe, trunk, _some(images.train, recipe), _some(images.held_out, recipe), log)
-        found = certify_and_measure(stage, manifest, build)
-    log.line(f"bundle: {bundle.size_bytes(build.out)} bytes")
-    return found
+        recipe = settled(recipe, trunk, images.train, images.held_out, build.log)
+    return _finished(build, partial(assemble, recipe=recipe, trunk=trunk, log=build.log))
 
 
 def rebuild(build: Build) -> figures.Figures:
@@ -70,15 +67,16 @@ def rebuild(build: Build) -> figures.Figures:
 
     Raises as `build_family` does, and BundleError where there is no bundle.
     """
-    recipe, log, images = build.recipe, build.log, build.images
     old = Family.load(build.out)
-    if isinstance(recipe, Recipe):
-        recipe = shipped(recipe, old)
-        build = replace(build, recipe=recipe)
+    return _finished(build, partial(reassemble, recipe=build.recipe, old=old, log=build.log))
+
+
+def _finished(build: Build, write: Callable[[Path, measure.Array, measure.Array], Manifest]) -> figures.Figures:
+    """The bundle, replaced when it is whole. `write` puts graphs and codecs into a folder, which it fits to images."""
+    seen = [_some(part, build.recipe) for part in (build.images.train, build.images.held_out)]
     with bundle.staged(build.out) as stage:
-        manifest = reassemble(stage, recipe, old, _some(images.train, recipe), _some(images.held_out, recipe), log)
-        found = certify_and_measure(stage, manifest, build)
-    log.line(f"bundle: {bundle.size_bytes(build.out)} bytes")
+        found = certify_and_measure(stage, write(stage, *seen), build)
+    build.log.line(f"bundle: {bundle.size_bytes(build.out)} bytes")
     return found
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kinflow.manifest import Certificate, Exit, Manifest
+from kinflow.manifest import Certificate, Exit, Manifest, Precision
 from kinflow_builder import latency
 from kinflow_builder.bdrate import front
 from kinflow_builder.figures import Figures
 from kinflow_builder.measure import sources
 from kinflow_builder.plot import BYTES_PLOT, LATENCY_PLOT, draw
-from kinflow_builder.recipe import FolderData, Precision
+from kinflow_builder.recipe import FolderData
 from kinflow_builder.stitch_recipe import AnyRecipe
 
 CARD = "card.md"
@@ -33,7 +33,7 @@ def write(stage: Path, manifest: Manifest, recipe: AnyRecipe, found: Figures) ->
         _baselines(found),
         _latency(found),
         _exits(manifest, found),
-        _files(manifest, recipe),
+        _files(manifest),
         _reproduce(recipe),
     ]
     (stage / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -216,7 +216,6 @@ def _promise(exit: Exit) -> str:
     return f"{certificate.risk} <= {epsilon}, {sure} sure, n = {certificate.n:,}"
 
 
-# By the recipe's word for it, of a segment's graphs.
 STORED: dict[Precision, str] = {
     "float": "32-bit floats",
     "half": "weights in 16 bits, arithmetic in floats",
@@ -226,10 +225,10 @@ STORED: dict[Precision, str] = {
 }
 
 
-def _files(manifest: Manifest, recipe: AnyRecipe) -> str:
+def _files(manifest: Manifest) -> str:
     stored = {
-        graph.file.path: STORED[recipe.precision.get(name, "float")]
-        for name, segment in manifest.segments.items()
+        graph.file.path: STORED[graph.precision] if graph.precision else "not stated"
+        for segment in manifest.segments.values()
         for graph in segment.graphs.values()
     }
     rows = [

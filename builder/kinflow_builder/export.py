@@ -14,9 +14,9 @@ from torch import nn
 
 from kinflow.backends.onnx import EXACT_INT8
 from kinflow.errors import BackendError
+from kinflow.manifest import Precision
 from kinflow_builder.export_int8 import quantise_onnx
 from kinflow_builder.log import hushed
-from kinflow_builder.recipe import Precision
 from kinflow_builder.trunk import Segment
 from kinflow_builder.weights import save_with, store_weights
 

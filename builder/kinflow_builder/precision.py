@@ -8,29 +8,24 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
-import onnx
 import torch
 
 from kinflow.errors import BackendError
-from kinflow.family import Family
-from kinflow.manifest import Preprocess
+from kinflow.manifest import Precision, Preprocess
 from kinflow_builder.export import Array, runner, write_graph
 from kinflow_builder.export_int8 import quantise_onnx
 from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
-from kinflow_builder.recipe import Precision, Recipe
+from kinflow_builder.recipe import Recipe, Wanted
 from kinflow_builder.trunk import Segment, Trunk
 
 # What 8 bits may cost any exit, as a share of the pictures: less than a certificate's epsilon usually is.
 MAX_LOSS = 0.005
 RANGE_INPUTS = 128
 BATCH = 50
-
-Decided = Literal["int8", "float"]
 
 
 def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, log: BuildLog) -> Recipe:
@@ -40,7 +35,7 @@ def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, l
     if not auto:
         return recipe
     # Servers have room for floats, and nothing that quantises their inputs' ranges is known here.
-    chosen: dict[str, Precision] = dict.fromkeys(auto, "float")
+    chosen: dict[str, Wanted] = dict.fromkeys(auto, "float")
     if first.name in auto:
         ranges = next(_spread(train, RANGE_INPUTS).batches(recipe.preprocess, RANGE_INPUTS))
 
@@ -51,20 +46,9 @@ def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, l
     return msgspec.structs.replace(recipe, precision={**recipe.precision, **chosen})
 
 
-def shipped(recipe: Recipe, bundle: Family) -> Recipe:
-    """The recipe with what was decided when the bundle was built, in place of "auto"."""
-    found: dict[str, Precision] = {}
-    for name, precision in recipe.precision.items():
-        if precision == "auto" and name in bundle.manifest.segments:
-            raw = bundle.files[bundle.manifest.segments[name].graphs["onnx"].file.path]
-            nodes = onnx.load_from_string(raw).graph.node
-            found[name] = "int8" if any(node.op_type == "QuantizeLinear" for node in nodes) else "float"
-    return msgspec.structs.replace(recipe, precision={**recipe.precision, **found})
-
-
 def _decide(
     first: Segment, ranges: Array, right: Callable[[Callable[[Array], list[Array]]], dict[str, float]], log: BuildLog
-) -> Decided:
+) -> Precision:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{first.name}.onnx"
         write_graph(first, path, ranges[:2])
@@ -75,7 +59,7 @@ def _decide(
             log.line(f"{first.name}: stays in floats: {exc}")
             return "float"
         after = right(runner(path))
-    decided: Decided = "int8" if all(after[exit] >= before[exit] - MAX_LOSS for exit in before) else "float"
+    decided: Precision = "int8" if all(after[exit] >= before[exit] - MAX_LOSS for exit in before) else "float"
     figures = ", ".join(f"{exit} {100 * before[exit]:.2f} -> {100 * after[exit]:.2f}" for exit in before)
     log.line(f"{first.name} in 8 bits: held-out top-1 {figures}: {decided}, {100 * MAX_LOSS:g} points may be lost")
     return decided

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from kinflow.errors import SettingsError
-from kinflow.manifest import Context, Positive, PositiveFloat, Preprocess, Share
+from kinflow.manifest import Context, Positive, PositiveFloat, Precision, Preprocess, Share
 from kinflow.messages import Name
 
 RECIPE = "recipe.toml"
@@ -18,9 +18,8 @@ COARSEST = 2.0
 # Levels reach to 8 steps on either side: with finer ones they would hardly reach beyond the features' spread.
 FINEST = 0.5
 
-# float; weights stored with 16, 8 or 6 bits and computed with as floats; all of the arithmetic with 8 bits; or that
-# where it costs no exit more than half a point (precision.py), else float.
-Precision = Literal["float", "half", "weights8", "weights6", "int8", "auto"]
+# auto: int8 where it costs no exit more than half a point (precision.py), else float.
+Wanted = Precision | Literal["auto"]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -200,7 +199,7 @@ class Recipe(_Strict, frozen=True):
     """For a network that is no Trunk yet."""
     nested: Nested | None = None
     """For such a network too, instead of `branches`."""
-    precision: dict[Name, Precision] = {}
+    precision: dict[Name, Wanted] = {}
     """Of segments' graphs; float where none is given."""
 
     @classmethod

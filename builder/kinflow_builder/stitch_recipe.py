@@ -11,7 +11,7 @@ import msgspec
 from kinflow.errors import SettingsError
 from kinflow.manifest import Positive, PositiveFloat, Preprocess, Share
 from kinflow.messages import Name
-from kinflow_builder.recipe import RECIPE, Coding, Data, Exit, Precision, Recipe
+from kinflow_builder.recipe import RECIPE, Coding, Data, Exit, Recipe, Wanted
 from kinflow_builder.wheels import Weights
 
 
@@ -65,7 +65,7 @@ class StitchRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: Annotated[list[str], msgspec.Meta(min_length=2)]
     members: dict[Name, list[Name]]
     tflite_segments: list[Name]
-    precision: dict[Name, Precision]
+    precision: dict[Name, Wanted]
     preprocess: Preprocess
     data: Data
     stitch: Stitch

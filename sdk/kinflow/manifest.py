@@ -11,6 +11,8 @@ from kinflow.ready import ready
 
 SCHEMA = 1
 BackendName = Literal["onnx", "tflite"]
+# Weights and arithmetic in floats; weights in 16, 8 or 6 bits, arithmetic in floats; both in 8 bits.
+Precision = Literal["float", "half", "weights8", "weights6", "int8"]
 
 # What a manifest may ask for at the most: it is read before anything else is known of whoever wrote it.
 MAX_FILE_BYTES = 1 << 31
@@ -49,6 +51,8 @@ class Graph(_Strict, frozen=True):
     outputs: Annotated[list[Tensor], msgspec.Meta(min_length=1, max_length=2)]
     dynamic_batch: bool
     """False: the graph takes exactly one item (TFLite)."""
+    precision: Precision | None = None
+    """How weights are stored and computed with; None: not stated."""
 
 
 class Segment(_Strict, frozen=True):

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from kinflow.family import Family
-    from kinflow.manifest import BackendName, Manifest
+    from kinflow.manifest import BackendName, Graph, Manifest
 
 BACKENDS: tuple[BackendName, ...] = ("onnx", "tflite")
 
@@ -87,8 +87,12 @@ def _segment(manifest: Manifest, name: str) -> dict[str, Any]:
         "exit": part.exit,
         "macs": part.macs,
         "parameters": part.parameters,
-        "graphs": {backend: {"path": g.file.path, "bytes": g.file.bytes} for backend, g in part.graphs.items()},
+        "graphs": {backend: _graph(graph) for backend, graph in part.graphs.items()},
     }
+
+
+def _graph(graph: Graph) -> dict[str, Any]:
+    return {"path": graph.file.path, "bytes": graph.file.bytes, "precision": graph.precision}
 
 
 def _split(manifest: Manifest, name: str) -> dict[str, Any]:
@@ -158,9 +162,13 @@ def _members_table(members: dict[str, Any]) -> Any:
     return table
 
 
+_GRAPH_COLUMNS = ("onnx kB", "precision", "tflite kB", "precision")
+
+
 def _segments_table(segments: dict[str, Any]) -> Any:
-    table = _table("segment", "from", "to split", "exit", "MMAC", "parameters", "onnx kB", "tflite kB")
+    table = _table("segment", "from", "to split", "exit", "MMAC", "parameters", *_GRAPH_COLUMNS)
     for name, part in segments.items():
+        graphs = [part["graphs"].get(backend, {}) for backend in BACKENDS]
         table.add_row(
             name,
             part["source"],
@@ -168,10 +176,14 @@ def _segments_table(segments: dict[str, Any]) -> Any:
             part["exit"] or "",
             f"{part['macs'] / 1e6:.2f}",
             f"{part['parameters']:,}",
-            _kilobytes(part["graphs"].get("onnx", {}).get("bytes")),
-            _kilobytes(part["graphs"].get("tflite", {}).get("bytes")),
+            *(cell for graph in graphs for cell in _graph_cells(graph)),
         )
     return table
+
+
+def _graph_cells(graph: dict[str, Any]) -> tuple[str, str]:
+    """Size and precision; empty where there is no graph for this backend."""
+    return (_kilobytes(graph["bytes"]), graph["precision"] or "not stated") if graph else ("", "")
 
 
 def _splits_table(splits: dict[str, Any]) -> Any:
