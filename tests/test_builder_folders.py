@@ -148,7 +148,7 @@ def test_unlabelled(tmp_path: Path) -> None:
         (["photo.png"], r"photo\.png: expected a name that begins with the class's index"),
         (["9_x.png"], "begins with the index 9, the family's labels are 0 to 1"),
         (["a/1.png", "0_x.png"], "expected a folder per class, or flat files, not both"),
-        (["a/1.png", "z/1.png"], r"1 of 2 folders fit no label of the family, or several: 'z'; expected .*'a', 'b'"),
+        (["a/1.png", "z/1.png"], r"1 of 2 folders fit none of the labels, or several: 'z'; expected .*'a', 'b'"),
         (["a/1.png", "A/1.png"], "more than one folder is of the same label: 'A', 'a'"),
     ],
 )
@@ -191,9 +191,17 @@ def test_division_keeps_a_test_part(tmp_path: Path) -> None:
 
 
 def test_too_few_to_divide(tmp_path: Path) -> None:
-    """One picture cannot be three parts."""
-    with pytest.raises(InputError, match="too few pictures"):
-        folders.divide(by_class(tmp_path, {"a": 1}))
+    """Fewer pictures than the message names leave a part empty, that many never do; one class is none."""
+    root = by_class(tmp_path / "few", {"a": 3, "b": 3})
+    with pytest.raises(InputError, match="none is left for the held-out part, 7 are the least"):
+        folders.divide(root, held_out=0.2)
+    picture(root / "b" / "3.png", 200)
+    assert all(min(map(len, folders.divide(root, held_out=0.2, seed=seed))) > 0 for seed in range(50))
+    tested = by_class(tmp_path / "tested", {"train/a": 2, "train/b": 2, "test/a": 1})
+    with pytest.raises(InputError, match="held-out part, 10 to train on are the least"):
+        folders.divide(tested, held_out=0.1)
+    with pytest.raises(InputError, match="class 'a' alone"):
+        folders.divide(by_class(tmp_path / "one", {"a": 30}))
 
 
 def test_hash_is_of_content_and_labels(tmp_path: Path) -> None:

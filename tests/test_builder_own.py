@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,14 @@ pytest.importorskip("torch", reason="needs torch: pip install 'kinflow[builder]'
 pytest.importorskip("onnxscript", reason="pip install 'kinflow[builder]'")
 
 from PIL import Image
+from torch import nn
 
-from kinflow.errors import InputError
+from kinflow.errors import InputError, SettingsError
 from kinflow.family import Family
 from kinflow_builder import readable
 from kinflow_builder.folders import find
+from kinflow_builder.own import Wishes, propose
+from kinflow_builder.own_input import sized
 from kinflow_builder.recipe import Recipe
 from system_fixtures import LOOPBACK, running
 
@@ -135,6 +139,40 @@ def test_it_runs_in_three_tiers(built: Path, photos: Path) -> None:
     assert all(answer["label"] in CLASSES for answer in answers)
     assert {answer["tier"] for answer in answers} <= {"edge", "cloud"}
     assert not any(answer["degraded"] for answer in answers)
+
+
+def test_little_is_said(tmp_path: Path) -> None:
+    """Twenty pictures make a proposal, which says what they cannot certify, what a part lacks and what was left out."""
+    for name, count in {"train/a": 20, "train/b b": 12, "test/a": 4}.items():
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (20 + number, 30), (number, 200, 0)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "train" / "c").mkdir()
+    (tmp_path / "train" / "c" / "photo.HEIC").write_text("of a telephone")
+    (tmp_path / "net.py").write_text(NETWORK.replace("nn.Linear(16, 3)", "nn.Linear(16, 2)"))
+    said: list[str] = []
+    made = propose(Wishes(f"{tmp_path}/net.py:make", tmp_path, "few", minutes=0.01, threads=1), said.append)
+    assert made.recipe.labels == ["a", "b b"]
+    text = "\n".join(said)
+    assert "test has no picture of 'b b'" in text
+    assert "train/c holds no picture: it is no class" in text
+    assert re.search(r"left out: \.heic, .* \(1\)", text)
+    assert "too few to certify anything, 74 are the least" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), "gives 1232 logits, the pictures have 3 classes .*'三角'"),
+        (nn.Sequential(nn.Conv2d(5, 2, 3)), "take 5 channels"),
+        (nn.Conv2d(3, 3, 3), r"224x224: gives \[2, 3, 222, 222\].*--size"),
+        (nn.Identity(), r"gives \[2, 3, 28, 28\]"),
+    ],
+)
+def test_a_model_that_does_not_fit(photos: Path, model: nn.Module, message: str) -> None:
+    """The error names what it gives, and what the pictures need."""
+    with pytest.raises(SettingsError, match=message):
+        sized(model, None, find(photos))
 
 
 def test_every_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Nothing is decoded before it is asked for: a folder may be larger than the memor
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from kinflow.errors import InputError
 from kinflow.images import SUFFIXES, labels_beside, read_image
 from kinflow.manifest import Preprocess
 from kinflow.preprocess import Preprocessor
+from kinflow_builder.classes import INDEX, match
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -29,8 +31,6 @@ BATCH = 100
 PART_FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("t10k", "test", "val")}
 UNLABELLED = -1
-
-_INDEX = re.compile(r"(\d+)(?:[_\s.-].*)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,17 +139,26 @@ def divide(
 
     Its own test part is left as it is; where it has none, the share `test` of all pictures makes one. Then the
     share `held_out` of the others is kept aside. Every class is divided alike. The same seed and the same files
-    give the same parts. Raises as `find`, and InputError where a part would be empty.
+    give the same parts. Raises as `find`, and InputError for a single class, and where a part would be empty.
     """
     train = find(directory, classes, part="train")
+    if len(train.classes) < 2:
+        raise InputError(
+            f"{directory} has the class {train.classes[0]!r} alone: expected a folder for each of two or more"
+        )
+    least = math.ceil(1 / held_out)
     if _has_part(directory, "test"):
         tested = find(directory, train.classes, part="test")
+        where = " to train on"
     else:
+        least, where = math.ceil(least / (1 - test)), ""
         tested, train = _split(train, test, seed)
     kept, train = _split(train, held_out, seed + 1)
     for name, pictures in (("train", train), ("held-out", kept), ("test", tested)):
         if not len(pictures):
-            raise InputError(f"{directory} has too few pictures: none is left for the {name} part")
+            raise InputError(
+                f"{directory} has too few pictures: none is left for the {name} part, {least}{where} are the least"
+            )
     return Division(train, kept, tested)
 
 
@@ -219,7 +228,7 @@ def _from_class_folders(root: Path, folders: list[Path], classes: Sequence[str])
 def _from_flat_files(root: Path, files: list[Path], classes: Sequence[str]) -> Pictures:
     indices = []
     for file in _need(root, files):
-        found = _INDEX.fullmatch(file.stem)
+        found = INDEX.fullmatch(file.stem)
         if found is None:
             raise InputError(f"{file}: expected a name that begins with the class's index, such as 007_name.jpg")
         indices.append(int(found[1]))
@@ -230,49 +239,6 @@ def _from_flat_files(root: Path, files: list[Path], classes: Sequence[str]) -> P
         if index >= len(classes):
             raise InputError(f"{file}: begins with the index {index}, the family's labels are 0 to {len(classes) - 1}")
     return Pictures(files, np.asarray(indices, np.int64), list(classes))
-
-
-def match(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
-    """The index of each folder's class: all by name, or else all by the index that their names begin with.
-
-    Case, blanks, `_` and `-` do not matter in a name, and of a label such as "tench, Tinca tinca" one part is
-    enough. Raises InputError that names the folders that fit no label, or more than one.
-    """
-    known: dict[str, set[int]] = {}
-    for index, label in enumerate(classes):
-        for form in {label, *label.split(",")}:
-            known.setdefault(_plain(form), set()).add(index)
-    by_name = [known.get(_plain(name), set()) for name in names]
-    by_index = [_index_of(name, len(classes)) for name in names]
-    if all(len(found) == 1 for found in by_name):
-        indices = [next(iter(found)) for found in by_name]
-    elif all(found is not None for found in by_index):
-        indices = [found for found in by_index if found is not None]
-    else:
-        odd = [name for name, found in zip(names, by_name, strict=True) if len(found) != 1]
-        raise InputError(
-            f"{root}: {len(odd)} of {len(names)} folders fit no label of the family, or several: {_some(odd)}; "
-            f"expected names such as {_some(classes)}, or indices from 0 to {len(classes) - 1}"
-        )
-    if len(set(indices)) < len(indices):
-        twice = sorted({name for name, index in zip(names, indices, strict=True) if indices.count(index) > 1})
-        raise InputError(f"{root}: more than one folder is of the same label: {_some(twice)}")
-    return indices
-
-
-def _index_of(name: str, count: int) -> int | None:
-    found = _INDEX.fullmatch(name)
-    return int(found[1]) if found is not None and int(found[1]) < count else None
-
-
-def _plain(name: str) -> str:
-    # A folder's name cannot hold a slash, a label can: "T-shirt/top".
-    return re.sub(r"[\s_/-]+", " ", name).strip().casefold()
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown}, …"
 
 
 def _idx_files(directory: Path) -> list[Path]:

@@ -1,41 +1,39 @@
 """A recipe for people who write none: from a model and a folder of pictures, everything else is measured.
 
-What is not known of a trained model is how its images were prepared: of the usual ways the one is taken with which
-it is right most often. Where to cut it is measured too (choose.py), and how many epochs fit into the time.
+How a trained model wants its images is measured (own_input.py), where to cut it too (choose.py), and how many epochs
+fit into the time.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from kinflow.errors import InputError, SettingsError
 from kinflow.manifest import Preprocess
 from kinflow_builder import folders, readable
 from kinflow_builder.align import trunk_from
 from kinflow_builder.blocks import blocks_of
+from kinflow_builder.calibrate import fewest
 from kinflow_builder.choose import Candidate, candidates, choose_splits, even_splits
+from kinflow_builder.classes import some
 from kinflow_builder.exits import TEMPERATURE_SHARE
-from kinflow_builder.folders import Division, Pictures
+from kinflow_builder.folders import Division
+from kinflow_builder.own_input import prepared, sized, spread
 from kinflow_builder.recipe import Branches, Coding, Exit, FolderData, Network, Recipe, Training
 from kinflow_builder.train import Inputs, Trainer
 from kinflow_builder.trunk import make_network
 
 MEMBERS = {2: ["device", "cloud"], 3: ["device", "edge", "cloud"]}
-# The usual preparations of images, mean and standard deviation: ImageNet's, -1 to 1, 0 to 1.
-USUAL = (([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5] * 3, [0.5] * 3), ([0.0] * 3, [1.0] * 3))
 PROBED = 1500
 TRIED = 400
-LARGE_SIDE = 224
 # However long a step takes: fewer steps teach nothing, more add nothing.
 MIN_STEPS, MAX_STEPS = 600, 12_000
 MIN_EPOCHS = 4
@@ -85,17 +83,19 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
     labels = images.train.classes
     parts = ", ".join(f"{name} {len(part)}" for name, part in zip(images._fields, images, strict=True))
     say(f"{wishes.images}: {len(labels)} classes, pictures: {parts}")
+    for line in (*readable.overlooked(wishes.images, images), *_missing(images)):
+        say(f"  {line}")
     readable.check(images, wishes.threads)
 
     model = make_network(Path(), Network(wishes.make)).eval()
-    spec = _size(model, wishes, images.train, len(labels))
-    spec, accuracy = _prepared(model, spec, _spread(images.train, TRIED))
+    spec = sized(model, wishes.size, images.train)
+    spec, accuracy = prepared(model, spec, spread(images.train, TRIED))
     guess = float(np.bincount(images.train.truth).max() / len(images.train))
     trained = accuracy > guess + 4 * (guess * (1 - guess) / min(TRIED, len(images.train))) ** 0.5
     state = "trained, it teaches the members" if trained else "not trained: it will be"
     say(f"model: input {spec.mode} {spec.height}x{spec.width}, top-1 {100 * accuracy:.1f} as given: {state}")
 
-    sample = Inputs.read(_spread(images.train, PROBED), spec)
+    sample = Inputs.read(spread(images.train, PROBED), spec)
     blocks = blocks_of(model, sample.batch(slice(0, 1)))
     found = candidates(blocks, sample.batch(slice(None)), sample.labels.numpy(), len(labels))
     chosen = choose_splits(found) if trained else even_splits(found)
@@ -108,7 +108,7 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
             f"a probe tells {100 * candidate.accuracy:.1f}%{mark}"
         )
     epsilon = _epsilon(len(images.held_out), len(after))
-    say(f"{len(images.held_out)} pictures are held out: the gap to the largest member is to be at most {epsilon:g}")
+    say(f"{len(images.held_out)} pictures are held out: {_promised(len(images.held_out), epsilon, len(after))}")
     recipe = _recipe(wishes, data, spec, labels, after, found, epsilon, trained=trained)
     recipe = _with_epochs(recipe, wishes, model, sample, len(images.train))
     say(f"training: {recipe.training.epochs} epochs")
@@ -179,6 +179,25 @@ def _epsilon(count: int, exits: int) -> float:
     return enough[0] if enough else EPSILONS[-1]
 
 
+def _promised(count: int, epsilon: float, exits: int) -> str:
+    least = math.ceil(fewest(epsilon / exits, DELTA) / (1 - TEMPERATURE_SHARE))
+    if count >= least:
+        return f"the gap to the largest member is to be at most {epsilon:g}"
+    return (
+        f"too few to certify anything, {least} are the least. Devices will offload every answer, unless `threshold` in "
+        "their settings names a confidence at which they keep one"
+    )
+
+
+def _missing(images: Division) -> Iterator[str]:
+    """A line for each part that lacks classes."""
+    for name, part in zip(images._fields, images, strict=True):
+        there = set(part.truth.tolist())
+        lacking = [label for index, label in enumerate(part.classes) if index not in there]
+        if lacking:
+            yield f"{name} has no picture of {some(lacking)}"
+
+
 def _channels(shape: tuple[int, ...]) -> int:
     """Of the features that are sent: a quarter of the block's, within reason."""
     return int(np.clip((shape[0] if len(shape) == 3 else shape[1]) // 4, 8, 48))
@@ -192,85 +211,6 @@ def _target(shape: tuple[int, ...], channels: int) -> float:
     else:
         positions = shape[0]
     return float(max(48, positions * channels // 8))
-
-
-def _spread(pictures: Pictures, count: int) -> Pictures:
-    """`count` of them in random order; files come class by class."""
-    order = np.random.default_rng(0).permutation(len(pictures))
-    return pictures.part(order[:count])
-
-
-def _size(model: nn.Module, wishes: Wishes, pictures: Pictures, classes: int) -> Preprocess:
-    """The first of the likely input sizes with which the model gives one logit per class."""
-    channels = _input_channels(model)
-    own = _own_sizes(pictures)
-    sides = [wishes.size] if wishes.size else [*own, *((side, side) for side in (224, 160, 128, 96, 64, 48, 32, 28))]
-    problems = []
-    for height, width in sides:
-        try:
-            with torch.no_grad():
-                logits = model(torch.zeros(2, channels, height, width))
-        except (RuntimeError, AssertionError, ValueError) as exc:
-            problems.append(f"{height}x{width}: {str(exc).splitlines()[0][:120]}")
-            continue
-        if logits.ndim == 2 and logits.shape[1] == classes:
-            mode, resize = ("L", "stretch") if channels == 1 else ("RGB", "stretch" if len(own) == 1 else "crop")
-            mean, std = [0.0] * channels, [1.0] * channels
-            return msgspec.convert(
-                {"mode": mode, "height": height, "width": width, "mean": mean, "std": std, "resize": resize}, Preprocess
-            )
-        problems.append(f"{height}x{width}: gives {list(logits.shape)}, the pictures have {classes} classes")
-        if wishes.size is None and logits.ndim == 2:
-            break
-    raise SettingsError(
-        f"{wishes.make} takes no image [2, {channels}, height, width] to logits [2, {classes}]: {'; '.join(problems)}. "
-        "--size HEIGHTxWIDTH names the model's input"
-    )
-
-
-def _input_channels(model: nn.Module) -> int:
-    filters = next((p for p in model.parameters() if p.ndim == 4), None)
-    channels = 3 if filters is None else int(filters.shape[1])
-    if channels not in (1, 3):
-        raise SettingsError(f"the model's first filters take {channels} channels, expected 1 (grey) or 3 (RGB)")
-    return channels
-
-
-def _own_sizes(pictures: Pictures) -> list[tuple[int, int]]:
-    """The pictures' own height and width where all are alike and small, else a size near theirs."""
-    sizes = []
-    for item in list(_spread(pictures, 40).items):
-        if isinstance(item, Path):
-            try:
-                with Image.open(item) as opened:
-                    sizes.append((opened.height, opened.width))
-            except OSError as exc:
-                raise InputError(f"{item} is no picture that can be read: {exc}") from exc
-        else:
-            sizes.append((int(item.shape[0]), int(item.shape[1])))
-    if len(set(sizes)) == 1 and max(sizes[0]) <= LARGE_SIDE:
-        return sizes[:1]
-    side = int(np.clip(np.median([min(size) for size in sizes]) // 32 * 32, 32, LARGE_SIDE))
-    return [(side, side)] if side < LARGE_SIDE else [(LARGE_SIDE, LARGE_SIDE)]
-
-
-def _prepared(model: nn.Module, spec: Preprocess, pictures: Pictures) -> tuple[Preprocess, float]:
-    """Mean and deviation with which the model is right most often; the pictures' own where none tells."""
-    plain = Inputs.read(pictures, spec)
-    values = plain.images.float().flatten(0, 2) / 255
-    ours = (values.mean(0).tolist(), (values.std(0) + 1e-3).tolist())
-    channels = len(spec.mean)
-    best, best_right = spec, -1.0
-    for mean, std in (ours, *USUAL):
-        mean, std = ([round(value, 4) for value in part[:channels]] for part in (mean, std))
-        tried = msgspec.structs.replace(spec, mean=mean, std=std)
-        inputs = Inputs.of(plain.images, plain.labels, tried)
-        with torch.no_grad():
-            parts = [model(inputs.batch(slice(i, i + 50))).argmax(1) for i in range(0, len(inputs), 50)]
-        right = float((torch.cat(parts) == plain.labels).float().mean())
-        if right > best_right:
-            best, best_right = tried, right
-    return best, best_right
 
 
 def _with_epochs(recipe: Recipe, wishes: Wishes, model: nn.Module, sample: Inputs, count: int) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,24 @@ def check(parts: Iterable[Pictures], threads: int = 2) -> None:
         more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         way_out = "replace them or take them away"
         raise InputError(f"{len(found)} of {len(files)} pictures cannot be read: {way_out}{shown}{more}")
+
+
+def overlooked(directory: Path, parts: Iterable[Pictures]) -> list[str]:
+    """A line for each kind of file that lies among the pictures and is none, and for each folder without a picture."""
+    files = {item for part in parts for item in part.items if isinstance(item, Path)}
+    if not files:
+        return []  # an idx pair
+    folders = {folder for file in files for folder in file.parents}
+    others = [path for path in sorted(directory.rglob("*")) if path not in files and not _hidden(path, directory)]
+    kinds = Counter(path.suffix.lower() or path.name for path in others if path.is_file())
+    return [
+        *(f"{path} holds no picture: it is no class" for path in others if path.is_dir() and path not in folders),
+        *(f"left out: {kind}, which is no kind of picture that is read ({count})" for kind, count in kinds.items()),
+    ]
+
+
+def _hidden(path: Path, directory: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(directory).parts)
 
 
 def _problem(file: Path) -> str | None:

@@ -58,7 +58,7 @@ def read_image(source: str | Path | bytes, preprocess: Preprocess) -> Pixels:
     except UnidentifiedImageError as exc:
         raise InputError(f"{name} is not an image that Pillow can read") from exc
     except Image.DecompressionBombError as exc:
-        raise InputError(f"{name}: {exc}") from exc
+        raise InputError(f"{name} is too large: images of at most {MAX_PIXELS} pixels are read") from exc
     except (OSError, SyntaxError, ValueError, EOFError) as exc:  # what Pillow's decoders raise on damage
         raise InputError(f"{name} is damaged or truncated: {exc}") from exc
     return image
