@@ -21,8 +21,9 @@ from kinflow.text.family import TextFamily
 from kinflow_builder.cli import build
 from kinflow_builder.text import stored
 from kinflow_builder.text.conversation import frame, speakers, tokenizer_of
-from kinflow_builder.text.corpus import converse
+from kinflow_builder.text.corpus import _sampled, converse
 from kinflow_builder.text.cut import Cut
+from kinflow_builder.text.distil import _divergence, _some
 from kinflow_builder.text.huggingface import read
 from kinflow_builder.text.llama import Llama
 from kinflow_builder.text.recipe import load
@@ -186,6 +187,31 @@ def _below(llama: Llama, ids: torch.Tensor, layers: int) -> tuple[torch.Tensor, 
     from kinflow_builder.text.llama import whole
 
     return whole(llama.part(0, layers), llama.embedding(ids))
+
+
+def test_samples_follow_the_probabilities() -> None:
+    """Drawn tokens come as often as softmax says at each row's temperature; at 0 it is the likeliest."""
+    logits = torch.tensor([0.0, 2.0, 1.0, -9.0]).expand(30_000, -1)
+    heats = torch.tensor([0.0, 0.5, 2.0]).repeat(10_000)
+    drawn = _sampled(logits, heats, torch.Generator().manual_seed(0))
+    assert set(drawn[::3].tolist()) == {1}
+    for at, heat in ((1, 0.5), (2, 2.0)):
+        shares = torch.bincount(drawn[at::3], minlength=4) / 10_000
+        torch.testing.assert_close(shares, torch.softmax(logits[0] / heat, 0), atol=0.015, rtol=0)
+
+
+def test_some_tokens_stand_for_all() -> None:
+    """The divergence among likely tokens and some others is about that among all, which one without weights is not."""
+    random = torch.Generator().manual_seed(0)
+    head = torch.randn(5000, 16, generator=random) * 0.5
+    final, hidden = torch.randn(2, 1, 64, 16, generator=random)
+    likely = (final[0] @ head.T).topk(4).indices.flatten()
+    tokens, weight = _some(likely, len(head), random)
+    assert len(tokens.unique()) == len(tokens) < 1300
+    whole = _divergence(hidden, final, head, torch.zeros(len(head)))
+    weighted = _divergence(hidden, final, head[tokens], weight)
+    torch.testing.assert_close(weighted, whole, rtol=0.03, atol=0)
+    assert abs(_divergence(hidden, final, head[tokens], torch.zeros(len(tokens))) - whole) > 0.1 * whole
 
 
 def test_conversations_follow_the_template(model: Path) -> None:

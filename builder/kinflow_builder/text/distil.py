@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kinflow_builder.text.llama import Stack, whole
+from kinflow_builder.text.llama import Stack, narrow, whole
 from kinflow_builder.text.recipe import Training
 
 WARMUP = 0.05
@@ -88,12 +88,13 @@ class Trainer:
             torch.stack([part[number] for number in chosen]).to(self.device, torch.float32)
             for part in (self.lesson.features, self.lesson.final)
         )
-        some = torch.randint(len(self.head), (RANDOM,), generator=random)
-        tokens = torch.cat([*(self.lesson.likely[number].flatten() for number in chosen), some]).unique().long()
+        likely = torch.cat([self.lesson.likely[number].flatten() for number in chosen])
+        tokens, weight = _some(likely, len(self.head), random)
         rows = self.head[tokens.to(self.device)]
-        hidden, _ = whole(self.branch, features)
-        divergence = _divergence(hidden, final, rows)
-        distance = functional.smooth_l1_loss(hidden, final) / final.abs().mean()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow(self.device)):
+            hidden, _ = whole(self.branch, features)
+            divergence = _divergence(hidden, final, rows, weight.to(self.device))
+        distance = functional.smooth_l1_loss(hidden.float(), final) / final.abs().mean()
         self.optimiser.zero_grad(set_to_none=True)
         (divergence + self.spec.hidden_weight * distance).backward()
         torch.nn.utils.clip_grad_norm_(self.branch.parameters(), MAX_NORM)
@@ -101,11 +102,26 @@ class Trainer:
         return float(divergence.detach())
 
 
-def _divergence(hidden: torch.Tensor, final: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler, mean over tokens, between the probabilities of some tokens; rows [some, width] of the head."""
+def _some(likely: torch.Tensor, vocabulary: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the logarithm of how many each one stands for: likely ones for themselves, some for all others."""
+    listed = torch.zeros(vocabulary, dtype=torch.bool)
+    listed[likely.long()] = True
+    others = (~listed).nonzero().flatten()
+    some = others[torch.randperm(len(others), generator=random)[:RANDOM]]
+    known = listed.nonzero().flatten()
+    weight = torch.zeros(len(known) + len(some))
+    weight[len(known) :] = math.log(max(1.0, len(others) / max(1, len(some))))
+    return torch.cat([known, some]), weight
+
+
+def _divergence(hidden: torch.Tensor, final: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler, mean over tokens, between the probabilities of some tokens; rows [some, width] of the head.
+
+    `weight` [some]: the logarithm of how many tokens each one stands for.
+    """
     with torch.no_grad():
-        taught = functional.log_softmax(functional.linear(final, rows).flatten(0, 1), 1)
-    said = functional.log_softmax(functional.linear(hidden, rows).flatten(0, 1), 1)
+        taught = functional.log_softmax(functional.linear(final, rows).flatten(0, 1) + weight, 1)
+    said = functional.log_softmax(functional.linear(hidden, rows).flatten(0, 1) + weight, 1)
     return functional.kl_div(said, taught, log_target=True, reduction="batchmean")
 
 

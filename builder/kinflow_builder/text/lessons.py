@@ -12,7 +12,7 @@ from kinflow_builder.log import BuildLog
 from kinflow_builder.text.conversation import speakers, tokenizer_of
 from kinflow_builder.text.corpus import Written, converse
 from kinflow_builder.text.distil import Lesson
-from kinflow_builder.text.llama import Llama
+from kinflow_builder.text.llama import Llama, narrowed
 from kinflow_builder.text.recipe import TextRecipe
 from kinflow_builder.text.shape import Model, Texts
 
@@ -29,7 +29,7 @@ def corpus(
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if missing:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        llama, tokenizer = Llama(model).to(device), tokenizer_of(texts)
+        llama, tokenizer = narrowed(Llama(model).to(device)), tokenizer_of(texts)
         with log.progress("the model writes", spec.batches * spec.tokens, _done(paths) * spec.tokens) as bar:
             for number in missing:
                 who = list(speakers(tokenizer, spec, number, recipe.training.seed))

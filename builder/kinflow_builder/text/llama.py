@@ -136,6 +136,22 @@ class Llama(nn.Module):  # type: ignore[misc]
         return functional.linear(hidden, self.head)
 
 
+def narrow(device: torch.device) -> bool:
+    """Whether it multiplies 16-bit floats faster than others; processors without instructions for it do not."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type != "cpu" or bool(native)
+
+
+def narrowed(llama: Llama) -> Llama:
+    """The same model, its matrices rounded to bfloat16 where `narrow` says so; embedding and norms stay as they are."""
+    if narrow(llama.head.device):
+        for module in llama.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+        llama.head = nn.Parameter(llama.head.bfloat16(), requires_grad=False)
+    return llama
+
+
 def layer_of(shape: Shape, weights: Weights) -> Layer:
     """A layer with these weights, copied."""
     layer = Layer(shape)

@@ -44,7 +44,7 @@ class Corpus(_Strict, frozen=True):
     temperature: PositiveFloat
     """Of every second answer; the others are greedy."""
     openings: Annotated[list[str], msgspec.Meta(min_length=1)]
-    """How questions and free texts may begin."""
+    """How questions may begin."""
 
 
 class Training(_Strict, frozen=True):

@@ -13,7 +13,7 @@ from kinflow.text.tokenizer import Tokenizer
 from kinflow_builder.log import BuildLog
 from kinflow_builder.text.chain import Ids
 from kinflow_builder.text.conversation import frame, speakers, tokenizer_of
-from kinflow_builder.text.corpus import Speaker, converse
+from kinflow_builder.text.corpus import LIVELY, Speaker, converse
 from kinflow_builder.text.figures import Samples
 from kinflow_builder.text.llama import Llama
 from kinflow_builder.text.recipe import TextRecipe
@@ -38,7 +38,7 @@ def samples(recipe: TextRecipe, model: Model, texts: Texts, data: Path | None, l
     written = _written(tokenizer, data, spec.written_tokens)
     if written is None:
         count = max(1, spec.written_tokens // spec.tokens)
-        free = [Speaker([min(tokenizer.stop_tokens)], None, 0.0) for _ in range(count)]
+        free = [Speaker([min(tokenizer.stop_tokens)], None, LIVELY) for _ in range(count)]
         with log.progress("free texts", spec.tokens) as bar:
             written = converse(llama, free, spec.tokens, [], UNSEEN + 1, bar.advance).ids.numpy().astype(np.int64)
     return Samples(

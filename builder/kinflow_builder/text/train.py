@@ -64,7 +64,13 @@ def measured(build: TextBuild, model: Model, texts: Texts, branches: dict[str, B
         figures = measure(graphs, exact, found, Promise(check.epsilon, check.delta))
     for exit, values in figures.exits.items():
         build.log.line(f"exit {exit}: agreement {values.agreement:.1%}, perplexity {values.perplexity:.2f}")
-    place = "a CUDA device" if torch.cuda.is_available() else f"{threads} threads of a processor"
+    place = (
+        "a CUDA device"
+        if torch.cuda.is_available()
+        else "a thread of a processor"
+        if threads == 1
+        else f"{threads} threads of a processor"
+    )
     return msgspec.structs.replace(figures, trained_on=place)
 
 
