@@ -15,7 +15,7 @@ demo-text: setup families/smollm2/bundle
 	@$(BIN)/kinflow demo-text $(ARGS)
 
 families/smollm2/bundle:
-	@$(MAKE) --no-print-directory setup-builder
+	@$(MAKE) --no-print-directory .venv/.text
 	@$(BIN)/kinflow build families/smollm2
 
 # As root a worker for each core, each on a network of its own; else one after the other. In the files' order: the
@@ -54,6 +54,11 @@ setup-builder: .venv/.builder
 	@$(PIP) install --quiet --no-deps -e .
 	@touch $@
 
+# A text family is built of trained branches: no torch.
+.venv/.text: locks/text.txt .venv/.run
+	@$(PIP) install --quiet -r locks/text.txt
+	@touch $@
+
 .venv/.dev: locks/dev.txt .venv/.run
 	@$(PIP) install --quiet -r locks/dev.txt
 	@touch $@
@@ -66,7 +71,8 @@ setup-builder: .venv/.builder
 lock:
 	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header pyproject.toml --extra tflite --extra bench -c locks/constraints.txt -o locks/run.txt
 	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header pyproject.toml --extra dev -c locks/run.txt -o locks/dev.txt
-	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header locks/builder.in -c locks/run.txt -o locks/builder.txt
+	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header pyproject.toml --extra builder-text -c locks/run.txt -o locks/text.txt
+	uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header locks/builder.in -c locks/run.txt -c locks/text.txt -o locks/builder.txt
 	echo "torch==2.13.0+cpu" >> locks/builder.txt
 
 clean:

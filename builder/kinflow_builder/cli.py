@@ -101,7 +101,7 @@ def build(
 def _text_family(path: Path, data: Path | None, out: Path | None, *, train: bool, fresh: bool) -> None:
     chosen = load_text(path)
     folder = path.parent if path.suffix == ".toml" else path
-    _check_installed(NEEDED_FOR_TEXT, "builder")
+    _check_installed(NEEDED_FOR_TEXT, "builder-text")
 
     from kinflow_builder.log import BuildLog
     from kinflow_builder.text.build import TextBuild, build_text_family
