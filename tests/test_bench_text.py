@@ -1,17 +1,26 @@
-"""The parts of `kinflow bench generate` that need no servers: what is kept, compared and drawn."""
+"""`kinflow bench generate`: what is kept, compared, counted and drawn, and a short run of all of it."""
 
 from __future__ import annotations
 
+import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kinflow.text.summary import Summary
 from kinflow_bench import breakeven
 from kinflow_bench.breakeven import Measured, Speeds
+from kinflow_bench.generate import costs
 from kinflow_bench.identity import first_difference, p_value
 from kinflow_bench.shelf import Shelf
+from kinflow_builder.text.tiny import write_tiny
 
+SHORT = "--prompts 2 --tokens 8 --timed 1 --sampled 1 --samples 20 --round-trip 5 --json"
 SPEEDS = Speeds(0.02, 0.02, 0.04)
 
 
@@ -52,3 +61,41 @@ def test_break_even_is_where_both_take_as_long(tmp_path: Path) -> None:
     path = tmp_path / "images" / "plot.png"
     breakeven.plot(path, SPEEDS, {"equal": 1.0}, [Measured(0.02, 1.0, 0.6, 1.2), Measured(0.08, 1.0, 0.6, 0.8)])
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_costs_tell_refused_drafts_from_superseded_ones() -> None:
+    """Of ten drafts five stood and one fell; four came after it, which nobody decided."""
+    found = costs([Summary("family", 4, {"device": 5, "edge": 0, "cloud": 3}, drafted=10, accepted=5, refused=1)], 30)
+    assert found["acceptance"] == 0.5
+    assert found["acceptance_decided"] == 5 / 6
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_for_terminals(tmp_path: Path, terminal: bool) -> None:
+    """With --json the whole benchmark says nothing on a pipe, on a terminal how far it is; texts are as promised."""
+    bundle = tmp_path / "bundle"
+    write_tiny(bundle)
+    command = [sys.executable, "-m", "kinflow", "bench", "generate", str(bundle), *SHORT.split()]
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        shown = b"".join(iter(lambda: _read(ours), b"")).decode()
+        figures = json.loads(process.communicate()[0])
+    os.close(ours)
+    assert process.returncode == 0
+    assert (figures["identical"], figures["identical_family"]) == (2, 2)
+    assert figures["layer_tokens_ratio"] > 0
+    if terminal:
+        assert (
+            "44/44" in shown
+        )  # 2 texts, 20 samples in each mode, one timed text at full and at a quarter of the speed
+    else:
+        assert shown == ""
+
+
+def _read(descriptor: int) -> bytes:
+    """Nothing at the end; a terminal's end is an error."""
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""

@@ -80,7 +80,7 @@ def ids(generation: Generation) -> list[int]:
 def test_text_is_the_references(device: TextDevice, family: TextFamily, mode: Mode, sampling: Sampling) -> None:
     """Token for token what plain decoding gives, although drafts stand and fall on the way."""
     temperature, top_p, seed = sampling.temperature, sampling.top_p, sampling.seed
-    drafted = accepted = 0
+    drafted = accepted = refused = 0
     for question in QUESTIONS:
         asked = prompt(device, question)
         generation = device.continue_from(
@@ -91,8 +91,12 @@ def test_text_is_the_references(device: TextDevice, family: TextFamily, mode: Mo
         assert not summary.degraded
         assert summary.unverified == 0
         assert summary.tokens["device"] <= summary.accepted
+        # In the place of each refused draft the server says its own token; the text may end before it.
+        assert summary.refused <= summary.count - summary.tokens["device"] + 1
         drafted, accepted = drafted + summary.drafted, accepted + summary.accepted
+        refused += summary.refused
     assert 0 < accepted < drafted
+    assert 0 < refused <= drafted - accepted
 
 
 def test_drafts_change_costs_not_text(device: TextDevice) -> None:

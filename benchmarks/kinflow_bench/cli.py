@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,10 +179,12 @@ def generate(
 ) -> None:
     """Text generation: whether texts are what they promise to be, and their cost over shaped links."""
     from kinflow_bench import generate as bench
+    from kinflow_bench.progress import progress
 
     extent = bench.Extent(count, tokens, timed, sampled, samples, round_trips_ms or (5, 20, 80), parallel)
-    say = partial(typer.echo, err=True)
-    _print(bench.run(_bundle(family), extent, data, state, plot, say), as_json)
+    with progress("texts", extent.steps, quiet=as_json) as steps:
+        figures = bench.run(_bundle(family), extent, data, state, plot, steps)
+    _print(figures, as_json)
 
 
 def _bundle(family: Path) -> Path:

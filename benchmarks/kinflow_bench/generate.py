@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,13 +22,13 @@ from kinflow.text.sampling import GREEDY
 from kinflow.text.summary import Mode, Summary
 from kinflow_bench import breakeven
 from kinflow_bench.identity import References, compare, distribution, generate
+from kinflow_bench.progress import Steps
 from kinflow_bench.prompts import prompts
 from kinflow_bench.reference import Reference, Text
 from kinflow_bench.shaping import Shape, ShapingProxy
 from kinflow_bench.shelf import Shelf
 from kinflow_bench.throttle import Throttle
 
-Say = Callable[[str], None]
 # The share of a core that a busy server has left for one user.
 BUSY_SHARE = 0.25
 # On a machine that others use too a pass may take long; a text that gives a server up would compare nothing.
@@ -53,6 +53,11 @@ class Extent:
     parallel: int
     """Texts compared side by side."""
 
+    @property
+    def steps(self) -> int:
+        """Of the progress bar: texts, samples, and timed texts over each link."""
+        return self.prompts + 2 * self.sampled * self.samples + 2 * self.timed * len(self.round_trips_ms)
+
 
 class ByFeatures(TextDevice):
     """In `exact` it sends features however slow the link seems: from token ids the promise would be easy to keep."""
@@ -62,7 +67,7 @@ class ByFeatures(TextDevice):
 
 
 def run(
-    bundle: Path, extent: Extent, data: Path | None, state: Path | None, plot: Path | None, say: Say
+    bundle: Path, extent: Extent, data: Path | None, state: Path | None, plot: Path | None, steps: Steps
 ) -> dict[str, Any]:
     """`state`: keeps what is compared, to go on from. `plot`: gets the break-even."""
     family = TextFamily.load(bundle)
@@ -82,7 +87,7 @@ def run(
         proxy.shape = Shape(delay_s=usual_ms / 2e3)
         references = References(family)
         figures, summaries = compare(
-            device, references, asked[: extent.prompts], extent.tokens, shelf, extent.parallel, say
+            device, references, asked[: extent.prompts], extent.tokens, shelf, extent.parallel, steps
         )
         figures["conditions"] = {
             "round_trip_ms": usual_ms,
@@ -96,11 +101,11 @@ def run(
         if extent.sampled:
             sampled = asked[: extent.sampled]
             figures["distribution"] = distribution(
-                device, references, sampled, extent.samples, shelf, extent.parallel, say
+                device, references, sampled, extent.samples, shelf, extent.parallel, steps
             )
         if extent.timed:
             largest = stack.enter_context(Largest(bundle))
-            bench = Timing(device, server, proxy, largest, asked[: extent.timed], extent, layers, say)
+            bench = Timing(device, server, proxy, largest, asked[: extent.timed], extent, layers, steps)
             figures |= bench.run(plot)
     return figures
 
@@ -108,10 +113,12 @@ def run(
 def costs(summaries: Sequence[Summary], layers: int) -> dict[str, Any]:
     """Per generated token; the prompt's own cost is the same for everybody and left out."""
     count = max(1, sum(summary.count for summary in summaries))
+    accepted = sum(summary.accepted for summary in summaries)
     return {
         "layer_tokens_ratio": sum(summary.layer_tokens for summary in summaries) / (layers * count),
         "passes_per_token": sum(summary.verifications for summary in summaries) / count,
-        "acceptance": sum(s.accepted for s in summaries) / max(1, sum(s.drafted for s in summaries)),
+        "acceptance": accepted / max(1, sum(summary.drafted for summary in summaries)),
+        "acceptance_decided": accepted / max(1, accepted + sum(summary.refused for summary in summaries)),
         "bytes_up_per_token": sum(summary.bytes_up for summary in summaries) / count,
         "drafted_share": sum(summary.tokens["device"] for summary in summaries) / count,
         "redone_share": sum(summary.redone for summary in summaries) / count,
@@ -171,7 +178,7 @@ class Timing:
     asked: Sequence[list[int]]
     extent: Extent
     layers: int
-    say: Say
+    steps: Steps
 
     def run(self, plot: Path | None) -> dict[str, Any]:
         links: dict[str, Any] = {}
@@ -189,7 +196,7 @@ class Timing:
                 link = links[name] = self._figures(rows)
                 point = round_trip_ms / 1e3, share, link["drafted_share"], link["cloud_only_over_family"]
                 measured.append(breakeven.Measured(*point))
-                self.say(f"{name}: {link}")
+                self.steps.say(f"{name}: {link}")
         self.proxy.shape = Shape()
         step_s = self.device.pace.step_s
         speeds = breakeven.Speeds(step_s, max(0.0, statistics.median(ways_s) - step_s), statistics.median(whole_s))
@@ -217,6 +224,7 @@ class Timing:
         _, summary = generate(self.device, prompt, tokens, "family")
         one_by_one = _per_token(generate(self.device, prompt, tokens, "family", 0)[1]) if naive else None
         text = self.largest.decode(prompt, tokens)
+        self.steps.advance()
         # Its tokens stream: the way adds to the first one alone.
         return Row(_per_token(summary), text.seconds / max(1, len(text.tokens) - 1), one_by_one, summary)
 

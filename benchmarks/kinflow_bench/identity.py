@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from kinflow.text.family import TextFamily
 from kinflow.text.manifest import LOWER
 from kinflow.text.sampling import GREEDY
 from kinflow.text.summary import Summary
+from kinflow_bench.progress import Steps
 from kinflow_bench.reference import Reference
 from kinflow_bench.shelf import Shelf
 
-Say = Callable[[str], None]
 Promise = Literal["exact", "family"]
 PROMISES: tuple[Promise, ...] = ("exact", "family")
 TRIES = 3
@@ -50,7 +50,7 @@ def compare(
     tokens: int,
     shelf: Shelf,
     parallel: int,
-    say: Say,
+    steps: Steps,
 ) -> tuple[dict[str, Any], dict[Promise, list[Summary]]]:
     """Greedy texts after each prompt, `parallel` of them side by side; and what the generated ones cost."""
 
@@ -69,7 +69,8 @@ def compare(
                 if at is not None:
                     differences.append({"mode": mode, "prompt": number, "at": at, "margin": row[mode]["margin"]})
             counts = ", ".join(f"{mode} {count}" for mode, count in equal.items())
-            say(f"text {number + 1} of {len(asked)}: equal so far {counts}")
+            steps.advance()
+            steps.say(f"text {number + 1} of {len(asked)}: equal so far {counts}")
     summaries = {mode: [msgspec.convert(row[mode]["summary"], Summary) for row in rows] for mode in PROMISES}
     figures = {
         "generations": len(asked),
@@ -130,7 +131,7 @@ def distribution(
     samples: int,
     shelf: Shelf,
     parallel: int,
-    say: Say,
+    steps: Steps,
 ) -> dict[str, Any]:
     """Chi-square of sampled tokens against the reference's own distribution, by mode and prompt.
 
@@ -150,9 +151,12 @@ def distribution(
                 return int(shelf.get(["sample", references.family, prompt, mode, TEMPERATURE, seed], token))
 
             with ThreadPoolExecutor(parallel) as pool:
-                drawn = list(pool.map(sample, range(samples)))
+                drawn = []
+                for value in pool.map(sample, range(samples)):
+                    drawn.append(value)
+                    steps.advance()
             found.setdefault(mode, []).append(p_value(drawn, weights / weights.sum(), references.stop_tokens))
-            say(f"samples of prompt {number + 1} of {len(asked)}, {mode}: p = {found[mode][-1]:.3f}")
+            steps.say(f"samples of prompt {number + 1} of {len(asked)}, {mode}: p = {found[mode][-1]:.3f}")
     tests = sum(len(values) for values in found.values())
     smallest = min(min(values) for values in found.values())
     # So many tests: one of them is below 1% by chance more often than a single one would be (Bonferroni).

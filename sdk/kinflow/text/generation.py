@@ -284,6 +284,7 @@ class Generation:
         # The server's own token was a draft where a verification that follows has it.
         was_sent = known and bool(self._flight)
         self.summary.accepted += len(stood) + was_sent
+        self.summary.refused += not known and bool(ahead) and (not whole or bool(self._flight))
         said = [*(draft.token for draft in stood), verdict.token]
         self._confirmed += len(said)
         if known:

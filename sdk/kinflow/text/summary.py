@@ -39,6 +39,8 @@ class Summary(msgspec.Struct):
     """Drafts that were sent."""
     accepted: int = 0
     """Of them, those that stood."""
+    refused: int = 0
+    """Of them, those that did not after a past that stood; the rest were superseded, and nobody looked at them."""
     verifications: int = 0
     passes: int = 0
     """Forward passes of the servers."""
