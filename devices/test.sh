@@ -21,7 +21,7 @@ unshare --net true 2>/dev/null || skip "there are no network namespaces here"
 said=$(mktemp -d)
 second=
 trap '[ -z "$second" ] || kill "$second" 2>/dev/null || true; rm -r "$said"' EXIT
-trap 'exit 143' TERM INT # as of `timeout 12m sh devices/test.sh`
+trap 'cat "$said"/other 2>/dev/null; exit 143' TERM INT # as of `timeout 12m sh devices/test.sh`
 began=$(date +%s)
 if ! PYTHON=$python sh devices/emulator/prepare.sh .cache/devices >"$said/prepare" 2>&1; then
     tail -n 20 "$said/prepare"
@@ -30,10 +30,14 @@ if ! PYTHON=$python sh devices/emulator/prepare.sh .cache/devices >"$said/prepar
 fi
 echo "device tests: parts are there after $(($(date +%s) - began)) s"
 
-# Of about the same length. The first one has the machine's output to itself; the second one's comes after it.
-one="devices/tests/test_install.py"
-other="devices/tests/test_numbers.py devices/tests/test_sdk.py devices/tests/test_lan.py devices/tests/test_footprint.py"
-# shellcheck disable=SC2086 # several files
+# Of about the same length, with a board's README in each. The first one has the machine's output to itself; the second
+# one's comes after it.
+tests=devices/tests
+readmes=$tests/test_install.py
+readme=$readmes::test_the_readme_is_followed_to_its_end
+one="$readmes $tests/test_sdk.py --deselect $readme[jetson]"
+other="$tests/test_numbers.py $tests/test_lan.py $tests/test_footprint.py $readmes --deselect $readme[raspberrypi]"
+# shellcheck disable=SC2086 # several words
 "$python" -m pytest $other -s --timeout 1800 -p no:cacheprovider "$@" >"$said/other" 2>&1 &
 second=$!
 status=0

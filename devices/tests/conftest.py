@@ -39,6 +39,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     return result
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """So does the whole."""
+    terminalreporter.write_line(f"{spent_s():.0f} s of processor in all")
+
+
 def why_not() -> str:
     """Why no board can be emulated here; empty when it can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
