@@ -78,8 +78,8 @@ def build(
         _text_family(recipe, images, out, train=train or fresh, fresh=fresh)
         return
     _check_installed(NEEDED, "builder")
-    # Read when torch is imported. Threads that wait for each other spin for some milliseconds by default, which took six
-    # times the processor time where something else was running too; without spinning an epoch took a quarter longer.
+    # Read when torch is imported. Threads that wait for each other spin for some milliseconds by default, which took
+    # six times the processor time beside another process; without any spinning an epoch took a quarter longer.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     if (recipe is None) == (model is None):
         raise SettingsError("name a recipe, or a model with --model FILE.py:FUNCTION --images FOLDER --out BUNDLE")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kinflow_builder.text.llama import Stack, narrow, whole
+from kinflow_builder.narrow import faster
+from kinflow_builder.text.llama import Stack, whole
 from kinflow_builder.text.recipe import Training
 
 WARMUP = 0.05
@@ -91,7 +92,7 @@ class Trainer:
         likely = torch.cat([self.lesson.likely[number].flatten() for number in chosen])
         tokens, weight = _some(likely, len(self.head), random)
         rows = self.head[tokens.to(self.device)]
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow(self.device)):
+        with faster(self.device):
             hidden, _ = whole(self.branch, features)
             divergence = _divergence(hidden, final, rows, weight.to(self.device))
         distance = functional.smooth_l1_loss(hidden.float(), final) / final.abs().mean()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kinflow_builder.narrow import narrow
 from kinflow_builder.text.shape import LAYER, Branch, Bridge, Floats, Model, Shape, Weights
 
 
@@ -134,12 +135,6 @@ class Llama(nn.Module):  # type: ignore[misc]
         """ids [B,T] of whole texts -> logits [B,T,vocabulary]."""
         hidden, _ = whole(self.part(0, len(self.layers)), self.embedding(ids))
         return functional.linear(hidden, self.head)
-
-
-def narrow(device: torch.device) -> bool:
-    """Whether it multiplies 16-bit floats faster than others; processors without instructions for it do not."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type != "cpu" or bool(native)
 
 
 def narrowed(llama: Llama) -> Llama:
