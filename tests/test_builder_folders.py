@@ -132,6 +132,15 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
         next(reading)
 
 
+def test_a_few_of_all(tmp_path: Path) -> None:
+    """Evenly over the classes and not one after the other, so that the first of the few are of every class, too."""
+    found = folders.find(by_class(tmp_path, {"a": 20, "b": 20, "c": 20}))
+    few = found.spread(30)
+    assert np.bincount(few.truth).tolist() == [10, 10, 10]
+    assert set(few.truth[:10]) == {0, 1, 2}
+    assert sorted(map(str, found.spread(100).items)) == sorted(map(str, found.items))
+
+
 def test_unlabelled(tmp_path: Path) -> None:
     """Any pictures do, in sub-folders too, where no labels are wanted."""
     picture(tmp_path / "holiday.png", 1)

@@ -112,7 +112,7 @@ def test_the_bundle_is_the_strangers(built: Path) -> None:
     assert recipe.branches is not None
     assert not recipe.branches.teacher
     log = (built.with_name("bundle.work") / "train.log").read_text()
-    assert "device in 8 bits: held-out top-1" in log
+    assert "device in 8 bits by onnx: held-out top-1" in log
     assert "## Reproduce" in (built / "card.md").read_text()
 
 

@@ -125,10 +125,7 @@ def write_samples(folder: Path, test: Pictures, recipe: AnyRecipe) -> None:
 
 
 def _some(pictures: Pictures, recipe: AnyRecipe) -> measure.Array:
-    """Preprocessed images to fit codecs to: float32 [n, channels, height, width]."""
+    """Preprocessed images to fit codecs to: float32 [n, channels, height, width]; the first ones give int8's ranges."""
     spec = recipe.preprocess
     limit = CODEC_BYTES // (4 * len(spec.mean) * spec.height * spec.width)
-    count = min(len(pictures), CODEC_IMAGES, limit)
-    # Evenly over all: files come class by class.
-    chosen = np.linspace(0, len(pictures) - 1, count).astype(np.intp)
-    return np.concatenate(list(pictures.part(chosen).batches(spec)))
+    return np.concatenate(list(pictures.spread(min(CODEC_IMAGES, limit)).batches(spec)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,23 +39,28 @@ def export_tflite(segment: Segment, path: Path, example: Array, ranges: Array | 
 
         litert_torch.convert(segment.eval(), (torch.from_numpy(example[:1]),)).export(str(path))
     expected = torch_outputs(segment, example)
-    difference = largest_difference(expected, _run(path, example))
+    difference = largest_difference(expected, tflite_runner(path)(example))
     refuse_beyond(TOLERANCE, difference, path)
     if ranges is not None:
         quantise_tflite(path, ranges)
-        difference = mean_difference(expected, _run(path, example))
+        difference = mean_difference(expected, tflite_runner(path)(example))
         refuse_beyond(TOLERANCES["int8"], difference, path)
     return difference
 
 
-def _run(path: Path, example: Array) -> list[Array]:
+def tflite_runner(path: Path) -> Callable[[Array], list[Array]]:
+    """Batch -> all outputs of the graph, in its own order, item by item and by one thread."""
     interpreter = interpreter_module().Interpreter(model_content=path.read_bytes(), num_threads=1)
     interpreter.allocate_tensors()
     source = interpreter.get_input_details()[0]["index"]
     outputs = [detail["index"] for detail in interpreter.get_output_details()]
-    rows = []
-    for item in example:
-        interpreter.set_tensor(source, item[None])
-        interpreter.invoke()
-        rows.append([interpreter.get_tensor(index) for index in outputs])
-    return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+
+    def run(batch: Array) -> list[Array]:
+        rows = []
+        for item in batch:
+            interpreter.set_tensor(source, item[None])
+            interpreter.invoke()
+            rows.append([interpreter.get_tensor(index) for index in outputs])
+        return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+
+    return run

@@ -51,6 +51,11 @@ class Pictures:
         items = self.items[chosen] if isinstance(self.items, np.ndarray) else [self.items[i] for i in chosen]
         return Pictures(items, None if self.labels is None else self.labels[chosen], self.classes)
 
+    def spread(self, count: int) -> Pictures:
+        """At most `count`: evenly over all, for files come class by class, and in random order."""
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.intp)
+        return self.part(np.random.default_rng(0).permutation(chosen))
+
     def image(self, index: int, preprocess: Preprocess) -> Pixels:
         """uint8 [height, width] for mode L, [height, width, 3] for RGB. Raises InputError that names the file."""
         item = self.items[index]

@@ -26,7 +26,7 @@ from kinflow_builder.choose import Candidate, candidates, choose_splits, even_sp
 from kinflow_builder.classes import some
 from kinflow_builder.exits import TEMPERATURE_SHARE
 from kinflow_builder.folders import Division
-from kinflow_builder.own_input import prepared, sized, spread
+from kinflow_builder.own_input import prepared, sized
 from kinflow_builder.recipe import Branches, Coding, Exit, FolderData, Network, Recipe, Training
 from kinflow_builder.train import Inputs, Trainer
 from kinflow_builder.trunk import make_network
@@ -89,13 +89,13 @@ def propose(wishes: Wishes, say: Callable[[str], None]) -> Proposal:
 
     model = make_network(Path(), Network(wishes.make)).eval()
     spec = sized(model, wishes.size, images.train)
-    spec, accuracy = prepared(model, spec, spread(images.train, TRIED))
+    spec, accuracy = prepared(model, spec, images.train.spread(TRIED))
     guess = float(np.bincount(images.train.truth).max() / len(images.train))
     trained = accuracy > guess + 4 * (guess * (1 - guess) / min(TRIED, len(images.train))) ** 0.5
     state = "trained, it teaches the members" if trained else "not trained: it will be"
     say(f"model: input {spec.mode} {spec.height}x{spec.width}, top-1 {100 * accuracy:.1f} as given: {state}")
 
-    sample = Inputs.read(spread(images.train, PROBED), spec)
+    sample = Inputs.read(images.train.spread(PROBED), spec)
     blocks = blocks_of(model, sample.batch(slice(0, 1)))
     found = candidates(blocks, sample.batch(slice(None)), sample.labels.numpy(), len(labels))
     chosen = choose_splits(found) if trained else even_splits(found)

@@ -25,12 +25,6 @@ LARGE_SIDE = 224
 LIKELY_SIDES = (224, 160, 128, 96, 64, 48, 32, 28)
 
 
-def spread(pictures: Pictures, count: int) -> Pictures:
-    """`count` of them in random order; files come class by class."""
-    order = np.random.default_rng(0).permutation(len(pictures))
-    return pictures.part(order[:count])
-
-
 def sized(model: nn.Module, wanted: tuple[int, int] | None, pictures: Pictures) -> Preprocess:
     """With the size `wanted`, or else the first of the likely ones with which the model gives one logit per class.
 
@@ -84,7 +78,7 @@ def _input_channels(model: nn.Module) -> int:
 def _own_sizes(pictures: Pictures) -> list[tuple[int, int]]:
     """The pictures' own height and width where all are alike and small, else a size near theirs."""
     sizes = []
-    for item in list(spread(pictures, 40).items):
+    for item in list(pictures.spread(40).items):
         if isinstance(item, Path):
             try:
                 with Image.open(item) as opened:

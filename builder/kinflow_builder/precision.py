@@ -1,22 +1,22 @@
 """`precision = "auto"`: 8 bits where every exit answers nearly as well with them, else floats. Measured, not guessed.
 
-The device's graph is quantised and run on the held-out pictures; the larger members then read what *it* sends.
+The device's graphs are quantised and run on the held-out pictures; the larger members then read what *they* send.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 
 from kinflow.errors import BackendError
-from kinflow.manifest import Precision, Preprocess
-from kinflow_builder.export import Array, runner, write_graph
-from kinflow_builder.export_int8 import quantise_onnx
+from kinflow.manifest import BackendName, Precision, Preprocess
+from kinflow_builder.export import Array, export_onnx, runner, torch_outputs
+from kinflow_builder.export_tflite import export_tflite, tflite_runner
 from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.recipe import Recipe, Wanted
@@ -26,6 +26,7 @@ from kinflow_builder.trunk import Segment, Trunk
 MAX_LOSS = 0.005
 RANGE_INPUTS = 128
 BATCH = 50
+EXAMPLES = 16
 
 
 def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, log: BuildLog) -> Recipe:
@@ -37,31 +38,43 @@ def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, l
     # Servers have room for floats, and nothing that quantises their inputs' ranges is known here.
     chosen: dict[str, Wanted] = dict.fromkeys(auto, "float")
     if first.name in auto:
-        ranges = next(_spread(train, RANGE_INPUTS).batches(recipe.preprocess, RANGE_INPUTS))
+        ranges = next(train.spread(RANGE_INPUTS).batches(recipe.preprocess, RANGE_INPUTS))
 
         def right(run: Callable[[Array], list[Array]]) -> dict[str, float]:
             return _right(trunk, run, held_out, recipe.preprocess)
 
-        chosen[first.name] = _decide(first, ranges, right, log)
+        chosen[first.name] = _decide(first, ranges, right, log, tflite=first.name in recipe.tflite_segments)
     return msgspec.structs.replace(recipe, precision={**recipe.precision, **chosen})
 
 
 def _decide(
-    first: Segment, ranges: Array, right: Callable[[Callable[[Array], list[Array]]], dict[str, float]], log: BuildLog
+    first: Segment,
+    ranges: Array,
+    right: Callable[[Callable[[Array], list[Array]]], dict[str, float]],
+    log: BuildLog,
+    *,
+    tflite: bool,
 ) -> Precision:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{first.name}.onnx"
-        write_graph(first, path, ranges[:2])
-        before = right(runner(path))
-        try:
-            quantise_onnx(path, ranges)
-        except BackendError as exc:
-            log.line(f"{first.name}: stays in floats: {exc}")
-            return "float"
-        after = right(runner(path))
-    decided: Precision = "int8" if all(after[exit] >= before[exit] - MAX_LOSS for exit in before) else "float"
-    figures = ", ".join(f"{exit} {100 * before[exit]:.2f} -> {100 * after[exit]:.2f}" for exit in before)
-    log.line(f"{first.name} in 8 bits: held-out top-1 {figures}: {decided}, {100 * MAX_LOSS:g} points may be lost")
+    """int8 where every graph that is to be made stands it: a device may run any of them."""
+    before = right(partial(torch_outputs, first))
+    after: dict[BackendName, dict[str, float]] = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / first.name
+            export_onnx(first, path, ranges[:EXAMPLES], "int8", ranges)
+            after["onnx"] = right(runner(path))
+            if tflite:
+                export_tflite(first, path, ranges[:EXAMPLES], ranges)
+                after["tflite"] = right(tflite_runner(path))
+    except BackendError as exc:
+        log.line(f"{first.name}: stays in floats: {exc}")
+        return "float"
+    lost = max(before[exit] - found[exit] for found in after.values() for exit in before)
+    decided: Precision = "int8" if lost <= MAX_LOSS else "float"
+    for backend, found in after.items():
+        figures = ", ".join(f"{exit} {100 * before[exit]:.2f} -> {100 * found[exit]:.2f}" for exit in before)
+        log.line(f"{first.name} in 8 bits by {backend}: held-out top-1 {figures}")
+    log.line(f"{first.name}: {decided}, 8 bits may lose {100 * MAX_LOSS:g} points")
     return decided
 
 
@@ -78,8 +91,3 @@ def _right(
             right[exit] += int((logits.argmax(1) == truth).sum())
         begin += len(batch)
     return {exit: count / len(pictures) for exit, count in right.items()}
-
-
-def _spread(pictures: Pictures, count: int) -> Pictures:
-    """Evenly over all: files come class by class."""
-    return pictures.part(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(np.intp))
