@@ -169,12 +169,13 @@ def test_four_levels_make_three_bytes() -> None:
 
 @pytest.mark.skipif(find_spec("litert_torch") is None, reason="pip install 'kinflow[builder-tflite]'")
 def test_tflite_in_8_bits_has_float_edges(segment: Segment, tmp_path: Path) -> None:
-    """It is run like a float graph, is smaller, and gives nearly the answers and features of torch."""
+    """It is run like a float graph, and is as near to torch as the ONNX graph in 8 bits: both have the same ranges."""
     from kinflow.backends.tflite import interpreter_module
     from kinflow_builder.export_tflite import export_tflite
 
     path = tmp_path / "segment.tflite"
-    assert export_tflite(segment, path, inputs(8), inputs(64)) < 0.1
+    difference = export_tflite(segment, path, inputs(8), inputs(64))
+    assert difference < 1.2 * export_onnx(segment, tmp_path / "segment.onnx", inputs(8), "int8", inputs(64))
     interpreter = interpreter_module().Interpreter(model_content=path.read_bytes())
     edges = interpreter.get_input_details() + interpreter.get_output_details()
     assert {detail["dtype"] for detail in edges} == {np.float32}
