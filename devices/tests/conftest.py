@@ -159,8 +159,10 @@ def sdk(parts: Parts, wheels: Path, checkout: Path) -> Sdk:
             shutil.rmtree(each)
         part.chmod(0o755)
         part.rename(target)
-    environment = {"PYTHONPATH": "/sdk:/kinflow/sdk", "PYTHONDONTWRITEBYTECODE": "1"}
-    return Sdk({target: "/sdk", checkout: "/kinflow"}, environment)
+    # By that name hypothesis knows whose code it is; of all other modules it reads the source first.
+    packages = "/sdk/site-packages"
+    environment = {"PYTHONPATH": f"{packages}:/kinflow/sdk", "PYTHONDONTWRITEBYTECODE": "1"}
+    return Sdk({target: packages, checkout: "/kinflow"}, environment)
 
 
 @pytest.fixture(scope="session")
