@@ -35,8 +35,8 @@ echo "device tests: parts are there after $(($(date +%s) - began)) s"
 tests=devices/tests
 readmes=$tests/test_install.py
 readme=$readmes::test_the_readme_is_followed_to_its_end
-one="$readmes $tests/test_sdk.py --deselect $readme[jetson]"
-other="$tests/test_numbers.py $tests/test_lan.py $tests/test_footprint.py $readmes --deselect $readme[raspberrypi]"
+one="$readmes $tests/test_numbers.py $tests/test_lan.py $tests/test_footprint.py --deselect $readme[jetson]"
+other="$readmes $tests/test_sdk.py --deselect $readme[raspberrypi]"
 # shellcheck disable=SC2086 # several words
 "$python" -m pytest $other -s --timeout 1800 -p no:cacheprovider "$@" >"$said/other" 2>&1 &
 second=$!
