@@ -182,6 +182,20 @@ def test_tflite_in_8_bits_has_float_edges(segment: Segment, tmp_path: Path) -> N
     assert any(detail["dtype"] == np.int8 for detail in interpreter.get_tensor_details())
 
 
+@pytest.mark.skipif(find_spec("litert_torch") is None, reason="pip install 'kinflow[builder-tflite]'")
+def test_what_the_tflite_converter_cannot_take(tmp_path: Path) -> None:
+    """The error names the segment, the layer, and the line of the recipe to change."""
+    from kinflow_builder.export_tflite import export_tflite
+
+    class Odd(nn.Module):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.det(x[:, 0, :3, :3])[:, None]
+
+    odd = Segment("device", nn.Identity(), exit="device", branch=Odd())
+    with pytest.raises(BackendError, match=r"'device' .*_linalg_det.*`tflite_segments`"):
+        export_tflite(odd, tmp_path / "odd.tflite", inputs(2))
+
+
 def wheel(folder: Path, content: bytes = b"weights") -> Weights:
     """A small wheel in `folder`, and the recipe's words for it."""
     path = folder / "tiny_weights-1.0-py3-none-any.whl"

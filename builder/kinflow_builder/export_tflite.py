@@ -29,15 +29,22 @@ def export_tflite(segment: Segment, path: Path, example: Array, ranges: Array | 
     """Writes `path`, a static graph of batch 1. Returns the largest difference to torch over `example`.
 
     `ranges`: real inputs, from which the ranges of a static int8 graph are taken; its inputs and outputs stay
-    float, and the difference is the root mean square one. Raises BackendError when the converter is missing or the
-    graph computes something else.
+    float, and the difference is the root mean square one. Raises BackendError when the converter is missing or
+    cannot take the segment, or when the graph computes something else.
     """
     if find_spec("litert_torch") is None:
         raise BackendError("the TFLite converter is not installed: pip install 'kinflow[builder-tflite]'")
     with hushed():
         import litert_torch
 
-        litert_torch.convert(segment.eval(), (torch.from_numpy(example[:1]),)).export(str(path))
+        try:
+            litert_torch.convert(segment.eval(), (torch.from_numpy(example[:1]),)).export(str(path))
+        except Exception as exc:  # whatever its many passes raise for a layer that they do not know
+            reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+            raise BackendError(
+                f"the TFLite converter cannot take the segment {segment.name!r} ({reason}): take it out of "
+                "`tflite_segments` in the recipe and build again; what is trained is kept"
+            ) from exc
     expected = torch_outputs(segment, example)
     difference = largest_difference(expected, tflite_runner(path)(example))
     refuse_beyond(TOLERANCE, difference, path)
