@@ -81,7 +81,9 @@ def stitched(build: Build, recipe: StitchRecipe, *, fresh: bool) -> Trunk:
         log.truncate()
     names = list(recipe.stitch.members)
     device, *larger = [_pretrained(build.folder, source) for source in recipe.stitch.members.values()]
-    images = crops(build.images.train, recipe.preprocess, recipe.training.crops, recipe.training.seed)
+    # In the order of the images that the graph which ships takes its ranges from.
+    pictures = build.images.train.spread(len(build.images.train))
+    images = crops(pictures, recipe.preprocess, recipe.training.crops, recipe.training.seed)
     log.line(f"{recipe.id} {recipe.version}: {len(build.images.train)} pictures, {len(images)} crops")
     seen = _kept(build, recipe, names[0], partial(_seen_by_device, recipe, device, images))
     found, step = _fit_transform(recipe, device, seen.hidden)
