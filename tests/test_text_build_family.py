@@ -214,6 +214,24 @@ def test_some_tokens_stand_for_all() -> None:
     assert abs(_divergence(hidden, final, head[tokens], torch.zeros(len(tokens))) - whole) > 0.1 * whole
 
 
+def test_corpus_grows(trained: Path, model: Path, tmp_path: Path) -> None:
+    """More batches are written beside those that are there, which stay as they are."""
+    from kinflow_builder.log import BuildLog
+    from kinflow_builder.text.lessons import corpus
+
+    folder = tmp_path / "family"
+    write_recipe(folder, model)
+    path = folder / "recipe.toml"
+    path.write_text(path.read_text().replace("batches = 2", "batches = 3"))
+    shutil.copytree(trained / "work", folder / "work", ignore=shutil.ignore_patterns("branch*"))
+    before = (folder / "work/corpus-001.pt").stat().st_mtime_ns
+    weights, texts = read(model)
+    written = corpus(load(folder), weights, texts, folder / "work", BuildLog(folder / "train.log"), (2, 4))
+    assert len(written) == 3
+    assert (folder / "work/corpus-001.pt").stat().st_mtime_ns == before
+    assert load(folder).digest() != load(trained).digest()
+
+
 def test_conversations_follow_the_template(model: Path) -> None:
     """What stands between question and answer is the chat template's own, and a text begins as it does."""
     texts = read(model)[1]

@@ -106,9 +106,9 @@ def _trained(recipe: TextRecipe, figures: Figures) -> str:
 
 Self-distillation, no data: the model wrote {corpus.batches * corpus.texts:,} texts of {corpus.tokens} tokens
 ({tokens:,} tokens): conversations with itself, whose answers are greedy or sampled at temperature
-{corpus.temperature:g}, and free texts. Each branch began as a copy of the model's last layers behind a linear map that
-least squares found, and learnt in {spec.epochs} passes what the last layer made of the same texts, from the hidden
-features at its split, on {figures.trained_on}. Seed {spec.seed}.
+{corpus.temperature:g}, and free texts from a random word on. Each branch began as a copy of the model's last layers
+behind a linear map that least squares found, and learnt in {spec.epochs} passes what the last layer made of the same
+texts, from the hidden features at its split, on {figures.trained_on}. Seed {spec.seed}.
 `kinflow build --train` does it again."""
 
 

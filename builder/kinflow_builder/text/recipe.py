@@ -90,13 +90,14 @@ class TextRecipe(_Strict, frozen=True):
     check: Check
 
     def corpus_digest(self) -> str:
-        """What the saved texts are bound to."""
-        return _digest(self.model, self.corpus, self.training.seed)
+        """What the saved texts are bound to: a corpus that grows keeps those that it has."""
+        any_count = msgspec.structs.replace(self.corpus, batches=1)
+        return _digest(self.model, any_count, self.training.seed)
 
     def digest(self) -> str:
         """What trained branches are bound to."""
         learning = msgspec.structs.replace(self.training, threads=1)
-        return _digest(self.corpus_digest(), self.cut, learning)
+        return _digest(self.corpus_digest(), self.corpus.batches, self.cut, learning)
 
 
 def is_text(path: Path) -> bool:
