@@ -303,7 +303,7 @@ def test_bench_trains_both_sides(tmp_path: Path) -> None:
         ("device = 0.25, edge = 0.5", "device = 0.5, edge = 0.7"),
         ('keep = ["0", "5"]', 'keep = ["0", "3"]'),
         ("epochs = 20", "epochs = 1"),
-        ("epochs = 40", "epochs = 1"),
+        ("epochs = 100", "epochs = 1"),
     ):
         assert old in text
         text = text.replace(old, new, 1)

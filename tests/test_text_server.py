@@ -154,8 +154,8 @@ def test_a_silent_cloud_is_not_waited_for_to_the_end(tiny: Path, family: TextFam
             silent = writer.verdicts[came:]
             assert all((verdict.exit, verdict.degraded) == ("edge", True) for verdict in silent)
             assert silent[0].reason.startswith("timeout")
-            # After three silences nobody waits any more.
-            assert "left alone" in silent[4].reason
+            # After three silences nobody waits any more, whether the connection is being made anew just then or not.
+            assert "left alone" in silent[4].reason or "no connection" in silent[4].reason
         finally:
             os.kill(cloud.pid, signal.SIGCONT)
         wait_until(lambda: not writer.step().degraded, 30)
