@@ -99,6 +99,22 @@ def brief_timing() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def always_edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed family; its device is never sure, its edge always."""
+    from system_fixtures import copy_bundle
+
+    return copy_bundle(tmp_path_factory.mktemp("edge") / "bundle", thresholds={"device": 1.0, "edge": 0.0})
+
+
+@pytest.fixture(scope="session")
+def always_cloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed family; neither its device nor its edge are ever sure."""
+    from system_fixtures import copy_bundle
+
+    return copy_bundle(tmp_path_factory.mktemp("cloud") / "bundle", thresholds={"device": 1.0, "edge": 1.0})
+
+
 @pytest.fixture
 def own_family(family: Family) -> Family:
     """Under an id that nobody else on this machine announces."""

@@ -1,4 +1,4 @@
-"""What tests of the device have in common: bundles that send everything up, and the device's own answers."""
+"""What tests of the device have in common: images, and the device's own answers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ import pytest
 
 from kinflow.answer import Answer
 from kinflow.family import Family
-from system_fixtures import copy_bundle, member_answer, sample_images
+from system_fixtures import member_answer, sample_images
 
 IMAGES = sample_images(40)
 # How late an answer may be on a machine that is busy with something else; the product's own bound is 20 ms.
 LATE_MS = 500.0
-
-
-def copied(factory: pytest.TempPathFactory, name: str, **thresholds: float) -> Path:
-    return copy_bundle(factory.mktemp(name) / "bundle", thresholds=thresholds)
 
 
 def local_answer(bundle: Path, number: int) -> tuple[int, float]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from brokers import KINDS, wait_until
-from device_site import IMAGES, LATE_MS, assert_local, copied, local_answer
+from device_site import IMAGES, LATE_MS, assert_local, local_answer
 from kinflow.answer import Answer
 from kinflow.device import Device
 from kinflow.errors import InputError, SettingsError
@@ -28,18 +28,6 @@ from system_fixtures import LOOPBACK, copy_bundle, member_answer
 def _litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is killed leaves its broker's folder: not in the machine's /tmp."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def always_edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The device is never sure, the edge always."""
-    return copied(tmp_path_factory, "edge", device=1.0, edge=0.0)
-
-
-@pytest.fixture(scope="module")
-def always_cloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Neither device nor edge are ever sure."""
-    return copied(tmp_path_factory, "cloud", device=1.0, edge=1.0)
 
 
 @pytest.fixture(scope="module")

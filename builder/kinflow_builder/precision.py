@@ -15,6 +15,7 @@ import torch
 
 from kinflow.errors import BackendError
 from kinflow.manifest import BackendName, Precision, Preprocess
+from kinflow_builder.assemble import BATCH, EXAMPLES, RANGE_INPUTS, Run
 from kinflow_builder.export import Array, export_onnx, runner, torch_outputs
 from kinflow_builder.export_tflite import export_tflite, tflite_runner
 from kinflow_builder.folders import Pictures
@@ -24,9 +25,6 @@ from kinflow_builder.trunk import Segment, Trunk
 
 # What 8 bits may cost any exit, as a share of the pictures: less than a certificate's epsilon usually is.
 MAX_LOSS = 0.005
-RANGE_INPUTS = 128
-BATCH = 50
-EXAMPLES = 16
 
 
 def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, log: BuildLog) -> Recipe:
@@ -40,7 +38,7 @@ def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, l
     if first.name in auto:
         ranges = next(train.spread(RANGE_INPUTS).batches(recipe.preprocess, RANGE_INPUTS))
 
-        def right(run: Callable[[Array], list[Array]]) -> dict[str, float]:
+        def right(run: Run) -> dict[str, float]:
             return _right(trunk, run, held_out, recipe.preprocess)
 
         chosen[first.name] = _decide(first, ranges, right, log, tflite=first.name in recipe.tflite_segments)
@@ -50,7 +48,7 @@ def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, l
 def _decide(
     first: Segment,
     ranges: Array,
-    right: Callable[[Callable[[Array], list[Array]]], dict[str, float]],
+    right: Callable[[Run], dict[str, float]],
     log: BuildLog,
     *,
     tflite: bool,
@@ -78,9 +76,7 @@ def _decide(
     return decided
 
 
-def _right(
-    trunk: Trunk, run: Callable[[Array], list[Array]], pictures: Pictures, preprocess: Preprocess
-) -> dict[str, float]:
+def _right(trunk: Trunk, run: Run, pictures: Pictures, preprocess: Preprocess) -> dict[str, float]:
     """Top-1 share of each exit where the first segment is the graph that `run` runs, all else as it was trained."""
     right = dict.fromkeys(trunk.exits, 0)
     labels = torch.from_numpy(pictures.truth)
