@@ -141,6 +141,8 @@ class Training(_Strict, frozen=True):
     """Share of the steps before any feature is quantised; as many again until all that should be are."""
     seed: int
     threads: Positive
+    prune: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """Share of the well learnt images that an epoch leaves out (kinflow_builder/prune.py)."""
 
 
 class Merging(_Strict, frozen=True):

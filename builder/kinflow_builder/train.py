@@ -21,6 +21,7 @@ from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.muon import Muon
 from kinflow_builder.narrow import faster
+from kinflow_builder.prune import Pruning
 from kinflow_builder.recipe import COARSEST, Recipe, Training
 from kinflow_builder.trunk import Pass, Trunk
 
@@ -131,46 +132,54 @@ class Trainer:
         self.teacher = None if teacher is None else copy.deepcopy(teacher).to(self.device).eval()
         self.data = data.to(self.device)
         self.epoch = 0
+        self.steps = 0
+        """Since the beginning."""
         self.sizes: dict[str, float] = {}
         self.optimiser = Muon(self.trunk, self.settings)
+        self.pruning = Pruning(len(data), self.settings.prune)
 
     def state(self) -> checkpoint.State:
         return {
             "epoch": self.epoch,
+            "steps": self.steps,
             "trunk": self.trunk.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "losses": self.pruning.losses,
         }
 
     def load_state(self, state: checkpoint.State) -> None:
-        self.epoch = state["epoch"]
+        self.epoch, self.steps = state["epoch"], state["steps"]
         self.trunk.load_state_dict(state["trunk"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self.pruning.losses = state["losses"]
 
     def run_epoch(self, advance: Callable[[], None]) -> float:
         """One pass over the images; the mean loss. Random numbers depend on seed and epoch alone."""
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self.data), generator=generator).to(self.device)
-        steps = len(self.data) // settings.batch
+        order, weights = self.pruning.epoch(generator, self.epoch / settings.epochs)
+        steps = len(order) // settings.batch
         self.trunk.train()
         self.trunk.apply(_hold_frozen)
         total = 0.0
         for step in range(steps):
-            done = self.epoch * steps + step
             chosen = order[step * settings.batch : (step + 1) * settings.batch]
-            total += self._step(chosen, generator, done / (settings.epochs * steps))
-            self._update_average(done)
+            progress = (self.epoch + step / steps) / settings.epochs
+            total += self._step(chosen, weights[chosen], generator, progress)
+            self._update_average()
+            advance()
+        for _ in range(len(self.data) // settings.batch - steps):
             advance()
         self.epoch += 1
         return total / max(steps, 1)
 
-    def _step(self, chosen: torch.Tensor, generator: torch.Generator, progress: float) -> float:
+    def _step(self, chosen: torch.Tensor, weights: torch.Tensor, generator: torch.Generator, progress: float) -> float:
         settings = self.settings
         self.optimiser.set_rate(learning_rate(settings, progress))
         force = quantising(settings, progress)
-        images = augment(self.data.batch(chosen), settings, generator)
+        images = augment(self.data.batch(chosen.to(self.device)), settings, generator)
         quantised = torch.rand(len(chosen), generator=generator) < force * (1 - settings.unquantised)
         coarse = torch.rand(len(chosen), generator=generator) < settings.coarse
         wider = 1 + (COARSEST - 1) * torch.rand(len(chosen), generator=generator)
@@ -179,7 +188,10 @@ class Trainer:
             result = self.trunk(images, coarseness.to(self.device))
             with torch.no_grad():
                 taught = None if self.teacher is None else self.teacher(images).float()
-        loss = exit_loss(result, self.data.labels[chosen], settings, taught) + force * self._rate_loss(result)
+        losses = exit_losses(result, self.data.labels[chosen.to(self.device)], settings, taught)
+        self.pruning.saw(chosen, losses)
+        weights = weights.to(self.device)
+        loss = (losses * weights).sum() / weights.sum() + force * self._rate_loss(result)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
@@ -194,9 +206,10 @@ class Trainer:
             penalty = penalty + BUDGET_WEIGHT * functional.relu(size / self.budget[split] - 1)
         return penalty
 
-    def _update_average(self, done: int) -> None:
+    def _update_average(self) -> None:
         """Exponential average of the weights; its memory grows with the steps at first."""
-        decay = min(self.settings.average, (1 + done) / (10 + done))
+        decay = min(self.settings.average, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
         # Not state_dict(), which names a tensor that two members share twice.
         pairs = zip(_tensors(self.average), _tensors(self.trunk), strict=True)
         with torch.no_grad():
@@ -226,23 +239,23 @@ def quantising(settings: Training, progress: float) -> float:
     return min(1.0, progress / settings.quantise_from - 1) if settings.quantise_from else 1.0
 
 
-def exit_loss(
+def exit_losses(
     result: Pass, labels: torch.Tensor, settings: Training, taught: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Weighted sum over the exits; the earlier ones also learn from the last one's probabilities.
+    """[n]: of each image, the weighted sum over the exits; the earlier ones also learn from the last one.
 
     `taught`: a teacher's logits, from which all of them learn instead.
     """
     last = list(result.logits)[-1]
     source = result.logits[last].detach().float() if taught is None else taught
     teacher = functional.log_softmax(source, 1)
-    total = torch.zeros((), device=labels.device)
+    total = torch.zeros(len(labels), device=labels.device)
     for name, logits in result.logits.items():
         values = logits.float()
-        loss = functional.cross_entropy(values, labels, label_smoothing=settings.label_smoothing)
+        loss = functional.cross_entropy(values, labels, reduction="none", label_smoothing=settings.label_smoothing)
         if name != last or taught is not None:
             student = functional.log_softmax(values, 1)
-            divergence = functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+            divergence = functional.kl_div(student, teacher, log_target=True, reduction="none").sum(1)
             loss = (1 - settings.distil) * loss + settings.distil * divergence
         total = total + settings.exit_weights[name] * loss
     return total
