@@ -44,7 +44,15 @@ def tiny_recipe(folder: Path | None = None) -> Recipe:
     """Fashion's network, narrow; a TFLite graph only where the converter is installed."""
     recipe = Recipe.load(folder or FASHION)
     training = msgspec.structs.replace(recipe.training, epochs=1, batch=32, threads=1)
-    options = {"width": 8, "s1": 2, "edge_width": 8, "edge_blocks": 1, "cloud_width": 12, "cloud_blocks": 1}
+    options = {
+        "width": 8,
+        "blocks": 1,
+        "s1": 2,
+        "edge_width": 8,
+        "edge_blocks": 1,
+        "cloud_width": 12,
+        "cloud_blocks": 1,
+    }
     return msgspec.structs.replace(
         recipe,
         training=training,

@@ -20,6 +20,7 @@ from kinflow_builder import codecs
 from kinflow_builder.augment import augment
 from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
+from kinflow_builder.prune import Pruning
 from kinflow_builder.quantiser import BITS, Bottleneck
 from kinflow_builder.recipe import Recipe
 from kinflow_builder.train import Inputs, evaluate, learning_rate, quantising, train
@@ -36,7 +37,15 @@ def tiny_recipe(epochs: int) -> Recipe:
     training = msgspec.structs.replace(
         recipe.training, epochs=epochs, batch=32, threads=1, learning_rate=0.05, average=0.9
     )
-    options = {"width": 8, "s1": 2, "edge_width": 8, "edge_blocks": 1, "cloud_width": 12, "cloud_blocks": 1}
+    options = {
+        "width": 8,
+        "blocks": 1,
+        "s1": 2,
+        "edge_width": 8,
+        "edge_blocks": 1,
+        "cloud_width": 12,
+        "cloud_blocks": 1,
+    }
     network = msgspec.structs.replace(recipe.network, options=options)
     return msgspec.structs.replace(recipe, training=training, network=network)
 
@@ -215,3 +224,25 @@ def test_network_that_is_not_there() -> None:
     ):
         with pytest.raises(SettingsError, match=named):
             make_network(FASHION, msgspec.structs.replace(network, make=make))
+
+
+def test_pruning_keeps_the_mean() -> None:
+    """Of the images below the mean loss half stay away, the others count twice; hard and unseen images always stay."""
+    losses = torch.cat([torch.linspace(0.0, 0.1, 800), torch.linspace(2.0, 4.0, 200)])
+    pruning = Pruning(1000, 0.5)
+    everything = torch.arange(1000)
+    generator = torch.Generator().manual_seed(0)
+    pruning.saw(everything[1:], losses[1:])
+    assert sorted(pruning.epoch(generator, 0.0)[0].tolist()) == everything.tolist()
+    pruning.saw(everything, losses)
+    sums = torch.zeros(2)
+    for _ in range(50):
+        order, weights = pruning.epoch(generator, 0.5)
+        assert len(order) == len(set(order.tolist()))
+        assert set(range(800, 1000)) <= set(order.tolist())
+        assert 500 < len(order) < 700
+        sums += torch.stack([(losses * weights)[order].sum(), weights[order].sum()])
+    assert float(sums[0] / sums[1]) == pytest.approx(float(losses.mean()), rel=0.02)
+    order, weights = pruning.epoch(generator, 0.9)
+    assert len(order) == 1000
+    assert bool((weights == 1).all())

@@ -49,16 +49,20 @@ def tail(name: str, inputs: int, width: int, blocks: int) -> Segment:
     return Segment(name, layers, source="s1", exit=name, branch=Head(width))
 
 
-def make(width: int, s1: int, edge_width: int, edge_blocks: int, cloud_width: int, cloud_blocks: int) -> Trunk:
+def make(
+    width: int, blocks: int, s1: int, edge_width: int, edge_blocks: int, cloud_width: int, cloud_blocks: int
+) -> Trunk:
     """`s1`: channels of the features, 7x7. The other widths are channels, at 14x14 on the device, 7x7 above.
 
     The bottleneck is a learned block transform, 4x4 every 2 pixels, as image codecs have one. All images have the
     same layout, so each position has statistics of its own.
     """
-    branch = nn.Sequential(conv(width, 96, stride=2), conv(96, 96), Head(96))
+    branch = nn.Sequential(conv(width, 72, stride=2), conv(72, 72), Head(72))
     device = Segment(
         "device",
-        nn.Sequential(conv(1, width // 2), conv(width // 2, width, stride=2), Residual(width)),
+        nn.Sequential(
+            conv(1, width // 2), conv(width // 2, width, stride=2), *(Residual(width) for _ in range(blocks))
+        ),
         split="s1",
         bottleneck=Bottleneck(width, s1, step=1.5, kernel=4, stride=2, padding=1, plane=(7, 7)),
         exit="device",
