@@ -155,7 +155,7 @@ def test_nothing_to_certify(bundle: Path, samples: Path, tmp_path: Path) -> None
     batch = ((images[:, None] / 255 - mean) / std).astype(np.float32)
     device, *_, cloud = measure.run_coded(family, measure.in_batches(batch))
     differs = device.logits.argmax(1) != cloud.logits.argmax(1)
-    assert differs.sum() >= 5
+    assert differs.any()
     chosen = np.resize(np.flatnonzero(differs), 100)
     hard = tmp_path / "hard"
     hard.mkdir()

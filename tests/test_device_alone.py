@@ -14,6 +14,7 @@ import pytest
 from brokers import KINDS, wait_until
 from brokers import running as running_broker
 from device_site import IMAGES, LATE_MS, assert_local
+from freezing import freeze
 from kinflow.device import Device
 from kinflow.errors import SettingsError
 from kinflow.family import Family
@@ -95,7 +96,7 @@ def test_a_frozen_server_costs_one_deadline_and_no_more(always_edge: Path, deadl
         with Device.open(always_edge, DeviceSettings(broker=server.broker, deadline_s=deadline_s)) as device:
             assert device.wait_for_server(15)
             wait_until(lambda: device.infer(IMAGES[0]).tier == "edge")
-            os.kill(server.pid, signal.SIGSTOP)
+            freeze(server.pid)
             wait_until(lambda: frozen(server.pid))  # every thread of it
             try:
                 answer = device.infer(IMAGES[0])

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx.utils import extract_model
 
+from freezing import freeze
 from kinflow.bundle import MANIFEST
 from kinflow.device import Device
 from kinflow.estimate import LinkEstimate
@@ -151,7 +152,7 @@ def test_nobody_answers_what_left_early(bundle: Path) -> None:
             kept = device.infer(IMAGE)
             strain = HOT
             assert device.infer(IMAGE).tier == "edge"
-            os.kill(server.pid, signal.SIGSTOP)
+            freeze(server.pid)
             try:
                 answer = device.infer(IMAGE)
             finally:

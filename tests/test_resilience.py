@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from brokers import wait_until
+from freezing import freeze
 from kinflow.answer import Answer
 from kinflow.device import Device
 from kinflow.fleet import Fleet, ServerProcess
@@ -188,7 +189,7 @@ def test_a_frozen_server_is_hedged_around_and_used_again(bundle: Path) -> None:
                 frozen = names.pop(asker.last_node)
                 (other,) = names.values()
                 before = len(asker.answers)
-                os.kill(frozen.pid, signal.SIGSTOP)
+                freeze(frozen.pid)
                 try:
                     wait_until(lambda: len(asker.answers) > before + 200)
                 finally:
@@ -222,7 +223,7 @@ def test_ready_means_that_inferences_succeed(bundle: Path) -> None:
         assert (status, json.loads(body)["ready"], json.loads(body)["node"]) == (200, True, name(edge))
         said = health(edge)
         assert (said.returncode, said.stdout) == (0, f"edge server {name(edge)!r} is ready\n")
-        os.kill(edge.ready["broker_pid"], signal.SIGSTOP)
+        freeze(edge.ready["broker_pid"])
         try:
             wait_until(lambda: get(edge, "/ready")[0] == 503, 40)
             assert "its own test inference fails" in json.loads(get(edge, "/ready")[1])["trouble"]

@@ -13,6 +13,7 @@ from urllib.request import urlopen
 import pytest
 
 from brokers import KINDS, wait_until
+from freezing import freeze
 from kinflow import topics
 from kinflow.errors import FamilyMismatch, ServerFailed, SettingsError
 from kinflow.fleet import Fleet, ServerProcess
@@ -146,7 +147,7 @@ def test_a_silent_cloud_is_not_waited_for_to_the_end(tiny: Path, family: TextFam
         wait_until(lambda: knows_its_cloud(asker))
         writer = asker.writer(deadline_ms=1500.0)
         writer.write(PROMPT, 12)
-        os.kill(cloud.pid, signal.SIGSTOP)
+        freeze(cloud.pid)
         try:
             came = len(writer.verdicts)
             for _ in range(5):
