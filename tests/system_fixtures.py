@@ -28,6 +28,8 @@ from kinflow.family import INPUT, Family, Member
 
 LOOPBACK = "127.0.0.1"
 FASHION = Path(__file__).resolve().parents[1] / "families/fashion"
+# Options of its network, as small as they can be.
+NARROW = {"width": 8, "blocks": 1, "s1": 2, "edge_width": 8, "edge_blocks": 1, "cloud_width": 12, "cloud_blocks": 1}
 SAMPLES = FASHION / "samples/images-idx3-ubyte.gz"
 TAG = "KINFLOW_TEST_TAG"
 

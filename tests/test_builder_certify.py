@@ -147,15 +147,15 @@ def test_too_few(bundle: Path, samples: Path) -> None:
     assert contents(bundle) == before
 
 
-def test_nothing_to_certify(bundle: Path, samples: Path, tmp_path: Path) -> None:
+def test_nothing_to_certify(bundle: Path, tmp_path: Path) -> None:
     """Pictures on which the device is wrong whatever its confidence: refused, nothing written."""
-    images = idx.read(samples / "images-idx3-ubyte.gz", 3)
+    images = idx.read(FASHION / "samples" / "images-idx3-ubyte.gz", 3)
     family = Family.load(bundle)
     mean, std = family.preprocess.mean[0], family.preprocess.std[0]
     batch = ((images[:, None] / 255 - mean) / std).astype(np.float32)
     device, *_, cloud = measure.run_coded(family, measure.in_batches(batch))
     differs = device.logits.argmax(1) != cloud.logits.argmax(1)
-    assert differs.any()
+    assert differs.sum() >= 5
     chosen = np.resize(np.flatnonzero(differs), 100)
     hard = tmp_path / "hard"
     hard.mkdir()

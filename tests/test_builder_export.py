@@ -33,6 +33,7 @@ from kinflow_builder.folders import Division, Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.recipe import Exit, Recipe, Wanted
 from kinflow_builder.trunk import Segment, Trunk, make_network
+from system_fixtures import NARROW
 
 pytestmark = [pytest.mark.builder, pytest.mark.usefixtures("brief_timing")]
 
@@ -44,19 +45,10 @@ def tiny_recipe(folder: Path | None = None) -> Recipe:
     """Fashion's network, narrow; a TFLite graph only where the converter is installed."""
     recipe = Recipe.load(folder or FASHION)
     training = msgspec.structs.replace(recipe.training, epochs=1, batch=32, threads=1)
-    options = {
-        "width": 8,
-        "blocks": 1,
-        "s1": 2,
-        "edge_width": 8,
-        "edge_blocks": 1,
-        "cloud_width": 12,
-        "cloud_blocks": 1,
-    }
     return msgspec.structs.replace(
         recipe,
         training=training,
-        network=msgspec.structs.replace(recipe.network, options=options),
+        network=msgspec.structs.replace(recipe.network, options=NARROW),
         tflite_segments=["device"] if HAS_CONVERTER else [],
         # What training quantises with.
         coding={"s1": msgspec.structs.replace(recipe.coding["s1"], default=1.0)},

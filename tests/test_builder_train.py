@@ -25,6 +25,7 @@ from kinflow_builder.quantiser import BITS, Bottleneck
 from kinflow_builder.recipe import Recipe
 from kinflow_builder.train import Inputs, evaluate, learning_rate, quantising, train
 from kinflow_builder.trunk import Trunk, make_network
+from system_fixtures import NARROW
 
 pytestmark = pytest.mark.builder
 
@@ -37,16 +38,7 @@ def tiny_recipe(epochs: int) -> Recipe:
     training = msgspec.structs.replace(
         recipe.training, epochs=epochs, batch=32, threads=1, learning_rate=0.05, average=0.9
     )
-    options = {
-        "width": 8,
-        "blocks": 1,
-        "s1": 2,
-        "edge_width": 8,
-        "edge_blocks": 1,
-        "cloud_width": 12,
-        "cloud_blocks": 1,
-    }
-    network = msgspec.structs.replace(recipe.network, options=options)
+    network = msgspec.structs.replace(recipe.network, options=NARROW)
     return msgspec.structs.replace(recipe, training=training, network=network)
 
 

@@ -83,11 +83,6 @@ def test_a_silent_broker(always_edge: Path) -> None:
             assert address in answer.reason
 
 
-def frozen(pid: int) -> bool:
-    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return set(states) == {"T"}
-
-
 @pytest.mark.parametrize("deadline_s", [0.1, 0.4])
 def test_a_frozen_server_costs_one_deadline_and_no_more(always_edge: Path, deadline_s: float) -> None:
     """The server is stopped in mid-air, connected and mute: the answer comes at the deadline, and is local."""
@@ -97,7 +92,6 @@ def test_a_frozen_server_costs_one_deadline_and_no_more(always_edge: Path, deadl
             assert device.wait_for_server(15)
             wait_until(lambda: device.infer(IMAGES[0]).tier == "edge")
             freeze(server.pid)
-            wait_until(lambda: frozen(server.pid))  # every thread of it
             try:
                 answer = device.infer(IMAGES[0])
             finally:

@@ -156,7 +156,7 @@ class Trainer:
         self.pruning.losses = state["losses"]
 
     def run_epoch(self, advance: Callable[[], None]) -> float:
-        """One pass over the images; the mean loss. Random numbers depend on seed and epoch alone."""
+        """One pass over the images that take part; the mean loss. Random numbers depend on seed and epoch alone."""
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.epoch)
         order, weights = self.pruning.epoch(generator, self.epoch / settings.epochs)
@@ -169,6 +169,7 @@ class Trainer:
             progress = (self.epoch + step / steps) / settings.epochs
             total += self._step(chosen, weights[chosen], generator, progress)
             self._update_average()
+            self.steps += 1
             advance()
         for _ in range(len(self.data) // settings.batch - steps):
             advance()
@@ -179,7 +180,8 @@ class Trainer:
         settings = self.settings
         self.optimiser.set_rate(learning_rate(settings, progress))
         force = quantising(settings, progress)
-        images = augment(self.data.batch(chosen.to(self.device)), settings, generator)
+        there = chosen.to(self.device)
+        images = augment(self.data.batch(there), settings, generator)
         quantised = torch.rand(len(chosen), generator=generator) < force * (1 - settings.unquantised)
         coarse = torch.rand(len(chosen), generator=generator) < settings.coarse
         wider = 1 + (COARSEST - 1) * torch.rand(len(chosen), generator=generator)
@@ -188,7 +190,7 @@ class Trainer:
             result = self.trunk(images, coarseness.to(self.device))
             with torch.no_grad():
                 taught = None if self.teacher is None else self.teacher(images).float()
-        losses = exit_losses(result, self.data.labels[chosen.to(self.device)], settings, taught)
+        losses = exit_losses(result, self.data.labels[there], settings, taught)
         self.pruning.saw(chosen, losses)
         weights = weights.to(self.device)
         loss = (losses * weights).sum() / weights.sum() + force * self._rate_loss(result)
@@ -209,7 +211,6 @@ class Trainer:
     def _update_average(self) -> None:
         """Exponential average of the weights; its memory grows with the steps at first."""
         decay = min(self.settings.average, (1 + self.steps) / (10 + self.steps))
-        self.steps += 1
         # Not state_dict(), which names a tensor that two members share twice.
         pairs = zip(_tensors(self.average), _tensors(self.trunk), strict=True)
         with torch.no_grad():
