@@ -27,6 +27,7 @@ from kinflow.manifest import Precision, Preprocess
 from kinflow_builder import precision, wheels
 from kinflow_builder.crops import crops
 from kinflow_builder.export import export_onnx, mean_difference, runner, torch_outputs
+from kinflow_builder.export_int8 import Rounding
 from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
 from kinflow_builder.quantiser import Bottleneck
@@ -73,7 +74,7 @@ def test_other_precisions_compute_nearly_the_same(
 ) -> None:
     """On inputs that the ranges were not taken from, for any batch size."""
     path = tmp_path / "segment.onnx"
-    export_onnx(segment, path, inputs(8), precision, inputs(64))
+    export_onnx(segment, path, inputs(8), precision, Rounding(inputs(64)))
     fresh = inputs(5, 1)
     assert mean_difference(torch_outputs(segment, fresh), runner(path)(fresh)) < largest
 
@@ -81,7 +82,19 @@ def test_other_precisions_compute_nearly_the_same(
 def test_an_int8_graph_is_refused_when_it_is_wrong(segment: Segment, tmp_path: Path) -> None:
     """Ranges taken from inputs unlike the real ones cut everything off, which does not ship."""
     with pytest.raises(BackendError, match=r"segment.onnx differs from torch"):
-        export_onnx(segment, tmp_path / "segment.onnx", inputs(8), "int8", inputs(8) * 1e-3)
+        export_onnx(segment, tmp_path / "segment.onnx", inputs(8), "int8", Rounding(inputs(8) * 1e-3))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_first_layers_stay_floats(segment: Segment, tmp_path: Path, count: int) -> None:
+    """Those alone: weights of all others are levels."""
+    path = tmp_path / "segment.onnx"
+    export_onnx(segment, path, inputs(8), "int8", Rounding(inputs(64), count))
+    graph = onnx.load(path).graph
+    made = {output: node.op_type for node in graph.node for output in node.output}
+    layers = [made.get(node.input[1], "float") for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert layers == ["float"] * count + ["DequantizeLinear"] * (len(layers) - count)
+    assert len(layers) > 2
 
 
 # Segments that get a TFLite graph too.
@@ -174,12 +187,30 @@ def test_tflite_in_8_bits_has_float_edges(segment: Segment, tmp_path: Path) -> N
     from kinflow_builder.export_tflite import export_tflite
 
     path = tmp_path / "segment.tflite"
-    difference = export_tflite(segment, path, inputs(8), inputs(64))
-    assert difference < 1.2 * export_onnx(segment, tmp_path / "segment.onnx", inputs(8), "int8", inputs(64))
+    difference = export_tflite(segment, path, inputs(8), Rounding(inputs(64)))
+    assert difference < 1.2 * export_onnx(segment, tmp_path / "segment.onnx", inputs(8), "int8", Rounding(inputs(64)))
     interpreter = interpreter_module().Interpreter(model_content=path.read_bytes())
     edges = interpreter.get_input_details() + interpreter.get_output_details()
     assert {detail["dtype"] for detail in edges} == {np.float32}
     assert any(detail["dtype"] == np.int8 for detail in interpreter.get_tensor_details())
+
+
+@pytest.mark.skipif(find_spec("litert_torch") is None, reason="pip install 'kinflow[builder-tflite]'")
+def test_first_layers_stay_floats_in_tflite(segment: Segment, tmp_path: Path) -> None:
+    """As in the ONNX graph: what the first one makes is no tensor of 8 bits, what the others make is."""
+    from kinflow.backends.tflite import interpreter_module
+    from kinflow_builder.export_tflite import export_tflite
+
+    path = tmp_path / "segment.tflite"
+    kinds = []
+    for count in (0, 1):
+        export_tflite(segment, path, inputs(8), Rounding(inputs(64), count))
+        interpreter = interpreter_module().Interpreter(model_content=path.read_bytes())
+        tensors = {detail["index"]: detail["dtype"] for detail in interpreter.get_tensor_details()}
+        layers = [made for made in interpreter._get_ops_details() if made["op_name"].endswith("CONV_2D")]
+        kinds.append([tensors[layer["outputs"][0]] for layer in layers])
+    assert kinds[0] == [np.int8] * len(kinds[0])
+    assert kinds[1] == [np.float32, *kinds[0][1:]]
 
 
 @pytest.mark.skipif(find_spec("litert_torch") is None, reason="pip install 'kinflow[builder-tflite]'")

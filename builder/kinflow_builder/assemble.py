@@ -18,6 +18,7 @@ from kinflow.tokens import FeatureCodec
 from kinflow_builder import bundle, codecs
 from kinflow_builder.cost import cost
 from kinflow_builder.export import Array, export_onnx, runner
+from kinflow_builder.export_int8 import Rounding
 from kinflow_builder.export_tflite import export_tflite
 from kinflow_builder.log import BuildLog
 from kinflow_builder.measure import median_s
@@ -135,14 +136,14 @@ def _segment(
     path = stage / f"{segment.name}.onnx"
     precision = _precision(recipe, segment.name, "onnx")
     assert precision is not None  # precision.settled has decided
-    ranges = inputs[:RANGE_INPUTS]
-    difference = export_onnx(segment, path, example, precision, ranges)
+    rounding = Rounding(inputs[:RANGE_INPUTS], recipe.float_layers.get(segment.name, 0))
+    difference = export_onnx(segment, path, example, precision, rounding)
     graphs["onnx"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, True, precision)
     log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
     if segment.name in recipe.tflite_segments:
         path = stage / f"{segment.name}.tflite"
         stored = _precision(recipe, segment.name, "tflite")
-        difference = export_tflite(segment, path, example, ranges if stored == "int8" else None)
+        difference = export_tflite(segment, path, example, rounding if stored == "int8" else None)
         graphs["tflite"] = spec.Graph(bundle.describe(stage, path.name), given, outputs, False, stored)
         log.line(f"{path.name}: {path.stat().st_size} bytes, difference to torch {difference:.1e}")
 

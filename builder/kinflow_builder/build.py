@@ -106,6 +106,7 @@ def check_names(recipe: AnyRecipe, trunk: Trunk) -> None:
         ("exits", set(recipe.exits), exits, False),
         ("tflite_segments", set(recipe.tflite_segments), segments, False),
         ("precision", set(recipe.precision), segments, False),
+        ("float_layers", set(recipe.float_layers), segments, False),
     ]
     if isinstance(recipe, Recipe):
         rows.append(("training.exit_weights", set(recipe.training.exit_weights), exits, True))

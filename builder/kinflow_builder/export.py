@@ -15,7 +15,7 @@ from torch import nn
 from kinflow.backends.onnx import EXACT_INT8
 from kinflow.errors import BackendError
 from kinflow.manifest import Precision
-from kinflow_builder.export_int8 import quantise_onnx
+from kinflow_builder.export_int8 import Rounding, quantise_onnx
 from kinflow_builder.log import hushed
 from kinflow_builder.trunk import Segment
 from kinflow_builder.weights import save_with, store_weights
@@ -33,12 +33,12 @@ MIN_HALF_VALUES = 256
 
 
 def export_onnx(
-    segment: Segment, path: Path, example: Array, precision: Precision = "float", ranges: Array | None = None
+    segment: Segment, path: Path, example: Array, precision: Precision = "float", rounding: Rounding | None = None
 ) -> float:
     """Writes `path` for any batch size; `example` is a real input of a few items.
 
     `precision` half, weights8 or weights6: how weights are stored; the graph computes with floats, and onnxruntime
-    turns them back once, at load. int8: activations too, their ranges taken from `ranges`, real inputs.
+    turns them back once, at load. int8: activations too, as `rounding` says.
     Returns the largest difference to torch, of int8 the root mean square one. Raises BackendError when it is too
     large.
     """
@@ -51,9 +51,9 @@ def export_onnx(
     elif precision in ("weights8", "weights6"):
         store_weights(path, 8 if precision == "weights8" else 6)
     elif precision == "int8":
-        if ranges is None:
+        if rounding is None:
             raise ValueError(f"{path.name}: int8 needs inputs to take ranges from")
-        quantise_onnx(path, ranges)
+        quantise_onnx(path, rounding)
     else:
         return difference
     found = _run(path, example)

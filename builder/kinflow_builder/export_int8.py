@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,21 @@ from kinflow_builder.log import hushed
 Array = npt.NDArray[np.float32]
 
 CALIBRATION_BATCH = 4
+# Nodes that `float_layers` counts: those with weights.
+LAYERS = ("Conv", "Gemm", "MatMul")
 
 
-def quantise_onnx(path: Path, inputs: Array) -> None:
-    """Rewrites the float graph at `path`; `inputs` [n, …] are real preprocessed items, a hundred or so.
+class Rounding(NamedTuple):
+    """What a graph in 8 bits is made with."""
+
+    ranges: Array
+    """Real preprocessed items [n, …], a hundred or so: what they make of each layer is the range of its values."""
+    float_layers: int = 0
+    """So many of the first layers stay floats: all others build upon what those round."""
+
+
+def quantise_onnx(path: Path, rounding: Rounding) -> None:
+    """Rewrites the float graph at `path`.
 
     Features come out in 256 levels over their whole range, some sixteen to a step of the codec. Raises
     BackendError when the graph has no layer to quantise.
@@ -36,15 +48,20 @@ def quantise_onnx(path: Path, inputs: Array) -> None:
         quantize_static(
             str(folded),
             str(path),
-            _Reader(inputs),
+            _Reader(rounding.ranges),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
             calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=_first_layers(folded, rounding.float_layers),
         )
     if not any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node):
         raise BackendError(f"{path.name}: no layer of the graph could be quantised, leave its precision at float")
+
+
+def _first_layers(path: Path, count: int) -> list[str]:
+    return [node.name for node in onnx.load(path).graph.node if node.op_type in LAYERS][:count]
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -20,16 +20,16 @@ from kinflow_builder.export import (
     refuse_beyond,
     torch_outputs,
 )
+from kinflow_builder.export_int8 import Rounding
 from kinflow_builder.export_tflite_int8 import quantise_tflite
 from kinflow_builder.log import hushed
 from kinflow_builder.trunk import Segment
 
 
-def export_tflite(segment: Segment, path: Path, example: Array, ranges: Array | None = None) -> float:
+def export_tflite(segment: Segment, path: Path, example: Array, rounding: Rounding | None = None) -> float:
     """Writes `path`, a static graph of batch 1. Returns the largest difference to torch over `example`.
 
-    `ranges`: real inputs, from which the ranges of a static int8 graph are taken; its inputs and outputs stay
-    float, and the difference is the root mean square one. Raises BackendError when the converter is missing or
+    `rounding`: of a static int8 graph, whose inputs and outputs stay float; the difference then is the root mean square one. Raises BackendError when the converter is missing or
     cannot take the segment, or when the graph computes something else.
     """
     if find_spec("litert_torch") is None:
@@ -48,8 +48,8 @@ def export_tflite(segment: Segment, path: Path, example: Array, ranges: Array | 
     expected = torch_outputs(segment, example)
     difference = largest_difference(expected, tflite_runner(path)(example))
     refuse_beyond(TOLERANCE, difference, path)
-    if ranges is not None:
-        quantise_tflite(path, ranges)
+    if rounding is not None:
+        quantise_tflite(path, rounding)
         difference = mean_difference(expected, tflite_runner(path)(example))
         refuse_beyond(TOLERANCES["int8"], difference, path)
     return difference

@@ -16,7 +16,8 @@ import torch
 from kinflow.errors import BackendError
 from kinflow.manifest import BackendName, Precision, Preprocess
 from kinflow_builder.assemble import BATCH, EXAMPLES, RANGE_INPUTS, Run
-from kinflow_builder.export import Array, export_onnx, runner, torch_outputs
+from kinflow_builder.export import export_onnx, runner, torch_outputs
+from kinflow_builder.export_int8 import Rounding
 from kinflow_builder.export_tflite import export_tflite, tflite_runner
 from kinflow_builder.folders import Pictures
 from kinflow_builder.log import BuildLog
@@ -37,17 +38,18 @@ def settled(recipe: Recipe, trunk: Trunk, train: Pictures, held_out: Pictures, l
     chosen: dict[str, Wanted] = dict.fromkeys(auto, "float")
     if first.name in auto:
         ranges = next(train.spread(RANGE_INPUTS).batches(recipe.preprocess, RANGE_INPUTS))
+        rounding = Rounding(ranges, recipe.float_layers.get(first.name, 0))
 
         def right(run: Run) -> dict[str, float]:
             return _right(trunk, run, held_out, recipe.preprocess)
 
-        chosen[first.name] = _decide(first, ranges, right, log, tflite=first.name in recipe.tflite_segments)
+        chosen[first.name] = _decide(first, rounding, right, log, tflite=first.name in recipe.tflite_segments)
     return msgspec.structs.replace(recipe, precision={**recipe.precision, **chosen})
 
 
 def _decide(
     first: Segment,
-    ranges: Array,
+    rounding: Rounding,
     right: Callable[[Run], dict[str, float]],
     log: BuildLog,
     *,
@@ -55,14 +57,15 @@ def _decide(
 ) -> Precision:
     """int8 where every graph that is to be made stands it: a device may run any of them."""
     before = right(partial(torch_outputs, first))
+    example = rounding.ranges[:EXAMPLES]
     after: dict[BackendName, dict[str, float]] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / first.name
-            export_onnx(first, path, ranges[:EXAMPLES], "int8", ranges)
+            export_onnx(first, path, example, "int8", rounding)
             after["onnx"] = right(runner(path))
             if tflite:
-                export_tflite(first, path, ranges[:EXAMPLES], ranges)
+                export_tflite(first, path, example, rounding)
                 after["tflite"] = right(tflite_runner(path))
     except BackendError as exc:
         log.line(f"{first.name}: stays in floats: {exc}")

@@ -18,6 +18,7 @@ COARSEST = 2.0
 # Levels reach to 8 steps on either side: with finer ones they would hardly reach beyond the features' spread.
 FINEST = 0.5
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
 # auto: int8 where it costs no exit more than half a point (precision.py), else float.
 Wanted = Precision | Literal["auto"]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -127,11 +128,11 @@ class Training(_Strict, frozen=True):
     """Weight of each exit's loss."""
     distil: Share
     """Share of an earlier exit's loss that is divergence from the last exit, the rest is from the label."""
-    shift: Annotated[int, msgspec.Meta(ge=0)]
+    shift: Count
     """Augmentation: images are moved by up to this many pixels each way."""
     mirror: bool
     """Augmentation: half of the images are mirrored."""
-    erase: Annotated[int, msgspec.Meta(ge=0)]
+    erase: Count
     """Augmentation: side of the square that is blanked, in pixels."""
     unquantised: Share
     """Share of the images whose features pass a split as they are, so that both paths are learnt."""
@@ -202,6 +203,8 @@ class Recipe(_Strict, frozen=True):
     nested: Nested | None = None
     """For such a network too, instead of `branches`."""
     precision: dict[Name, Wanted] = {}
+    float_layers: dict[Name, Count] = {}
+    """So many layers with weights stay floats at the beginning of an int8 graph: pixels' own rounding goes furthest."""
     """Of segments' graphs; float where none is given."""
 
     @classmethod

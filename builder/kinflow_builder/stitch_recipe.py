@@ -11,7 +11,7 @@ import msgspec
 from kinflow.errors import SettingsError
 from kinflow.manifest import Positive, PositiveFloat, Preprocess, Share
 from kinflow.messages import Name
-from kinflow_builder.recipe import RECIPE, Coding, Data, Exit, Recipe, Wanted
+from kinflow_builder.recipe import RECIPE, Coding, Count, Data, Exit, Recipe, Wanted
 from kinflow_builder.wheels import Weights
 
 
@@ -46,10 +46,10 @@ class Stitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Distillation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How servers' members are fine-tuned. 0 epochs leave what least squares found."""
 
-    epochs: Annotated[int, msgspec.Meta(ge=0)]
+    epochs: Count
     batch: Positive
     learning_rate: PositiveFloat
-    crops: Annotated[int, msgspec.Meta(ge=0)]
+    crops: Count
     """Random parts of each picture, besides its centre."""
     seed: int
     threads: Positive
@@ -72,6 +72,8 @@ class StitchRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     training: Distillation
     coding: dict[Name, Coding]
     exits: dict[Name, Exit]
+    float_layers: dict[Name, Count] = {}
+    """As in Recipe."""
 
     def __post_init__(self) -> None:
         if "auto" in self.precision.values():
@@ -80,9 +82,10 @@ class StitchRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def seen_digest(self) -> str:
         """What the members' saved hidden values and answers are bound to."""
-        precision = self.precision.get(next(iter(self.stitch.members)))
+        name = next(iter(self.stitch.members))
+        made = (self.precision.get(name), self.float_layers.get(name, 0), self.stitch.calibration)
         drawn = (self.training.crops, self.training.seed)
-        return _digest(self.data, self.preprocess, self.stitch.members, self.stitch.calibration, precision, drawn)
+        return _digest(self.data, self.preprocess, self.stitch.members, made, drawn)
 
     def digest(self) -> str:
         """What distilled weights are bound to: that, and how features are made and learnt from."""

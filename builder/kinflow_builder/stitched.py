@@ -24,7 +24,7 @@ from kinflow_builder.crops import Pixels, crops, preprocessed
 from kinflow_builder.data import cache_folder
 from kinflow_builder.distil import Lesson, Pace, distil
 from kinflow_builder.export import runner, write_graph
-from kinflow_builder.export_int8 import quantise_onnx
+from kinflow_builder.export_int8 import Rounding, quantise_onnx
 from kinflow_builder.stitch import Continued, Pretrained, stitched_trunk
 from kinflow_builder.stitch_recipe import Source, StitchRecipe
 from kinflow_builder.transform import Transform
@@ -135,7 +135,8 @@ def _bound(digest: str, build: Build) -> str:
 
 def _seen_by_device(recipe: StitchRecipe, device: Pretrained, images: Pixels) -> Seen:
     """Through the graph at the precision that ships, before it has its bottleneck."""
-    precision = recipe.precision.get(next(iter(recipe.stitch.members)), "float")
+    name = next(iter(recipe.stitch.members))
+    precision = recipe.precision.get(name, "float")
     ranges = preprocessed(images[: recipe.stitch.calibration], recipe.preprocess)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "device.onnx"
@@ -143,7 +144,7 @@ def _seen_by_device(recipe: StitchRecipe, device: Pretrained, images: Pixels) ->
             channels = device.below(torch.from_numpy(ranges[:1])).shape[1]
         write_graph(Probe(device, channels).eval(), path, ranges[:2])
         if precision == "int8":
-            quantise_onnx(path, ranges)
+            quantise_onnx(path, Rounding(ranges, recipe.float_layers.get(name, 0)))
         run = runner(path)
         parts = [run(batch) for batch in _batches(images, recipe)]
     hidden, logits = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))

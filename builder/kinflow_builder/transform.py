@@ -21,7 +21,7 @@ from kinflow_builder.quantiser import LEVELS, ZERO, Bottleneck
 # Steps are found to within a thousandth.
 BISECTIONS = 16
 # Of the features, at most these may lie beyond the outermost levels.
-CUT_SHARE = 1e-3
+CUT_SHARE = 2.5e-3
 # Share of the metric that is plain squared error: what one small model's answer ignores another may need.
 PLAIN = 0.3
 BATCH = 16
@@ -106,7 +106,7 @@ def fisher(tail: nn.Module, hidden: torch.Tensor, side: int, seed: int) -> torch
 def step_for(features: torch.Tensor, bytes_target: float) -> float:
     """The step at which the 4-bit levels of `features` have that entropy per item, channel by channel.
 
-    Never so fine that more than one value in a thousand is cut off: entropy falls again below that, as ever more
+    Never so fine that more than one value in four hundred is cut off: entropy falls again below that, as ever more
     values end at the outermost levels, and a second step would meet the budget with most of the features lost.
     """
     low = float(np.quantile(features.abs().numpy(), 1 - CUT_SHARE)) / (ZERO - 0.5)
