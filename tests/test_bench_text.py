@@ -21,7 +21,7 @@ from kinflow_bench.shelf import Shelf
 from kinflow_builder.text.tiny import write_tiny
 
 SHORT = "--prompts 2 --tokens 8 --timed 1 --sampled 1 --samples 20 --round-trip 5 --json"
-SPEEDS = Speeds(0.02, 0.02, 0.04)
+SPEEDS = Speeds(0.015, 0.005, 0.02, 0.04)
 
 
 def test_shelf_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

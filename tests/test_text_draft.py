@@ -54,7 +54,7 @@ def test_floor_and_most() -> None:
 
 
 def moment(in_flight: int, unsent: int, fresh: list[float], chance: float, sent: float = 1.0) -> Moment:
-    return Moment(in_flight, unsent, len(fresh), sent, fresh, chance)
+    return Moment(in_flight, unsent, len(fresh), sent, fresh, lambda: chance)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,12 @@ def test_cheap_passes_are_taken_sooner() -> None:
     at = moment(1, 1, [0.5], 0.5)
     assert plan(0.02, server_s=0.002).step(at) == "send"
     assert plan(0.02, server_s=0.2).step(at) == "draft"
+
+
+def test_a_doubtful_draft_goes_up_before_the_exit_speaks() -> None:
+    """What the exit would say next could not change it, and takes the exit its time."""
+    at = Moment(1, 1, 1, 1.0, [0.5], lambda: pytest.fail("nobody needs to know"))
+    assert plan(0.02, server_s=0.002).step(at) == "send"
 
 
 def test_acceptance_starts_at_the_confidence_and_follows_the_verdicts() -> None:

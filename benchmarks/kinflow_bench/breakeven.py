@@ -17,8 +17,10 @@ SHORTEST, LONGEST, POINTS = 0.001, 0.3, 60
 class Speeds(NamedTuple):
     """Seconds."""
 
-    step_s: float
-    """A token on the device."""
+    features_s: float
+    """A token's features on the device."""
+    exit_s: float
+    """What its exit says of them: a draft."""
     pass_s: float
     """A verification on the server."""
     whole_s: float
@@ -39,17 +41,18 @@ class Measured(NamedTuple):
 
 def drafted_s(speeds: Speeds, acceptance: float, round_trip_s: float, share: float = 1.0) -> float:
     """Seconds per token at best, where the server has `share` of its time for this text."""
-    return speeds.step_s + (1 - acceptance) * (round_trip_s + speeds.pass_s / share)
+    return speeds.features_s + speeds.exit_s + (1 - acceptance) * (round_trip_s + speeds.pass_s / share)
 
 
 def naive_s(speeds: Speeds, round_trip_s: float) -> float:
-    """Seconds per token where each one takes the whole way."""
-    return speeds.step_s + round_trip_s + speeds.pass_s
+    """Seconds per token where each one takes the whole way, and nothing is drafted."""
+    return speeds.features_s + round_trip_s + speeds.pass_s
 
 
 def needed(speeds: Speeds, round_trip_s: float, share: float = 1.0) -> float:
     """The acceptance from which on drafting is as fast as the server alone; above 1 it never is."""
-    return 1 - (speeds.whole_s / share - speeds.step_s) / (round_trip_s + speeds.pass_s / share)
+    step_s = speeds.features_s + speeds.exit_s
+    return 1 - (speeds.whole_s / share - step_s) / (round_trip_s + speeds.pass_s / share)
 
 
 def figures(
@@ -58,7 +61,8 @@ def figures(
     """For the JSON: what the model says beside what was measured."""
     links = [(trip_s, share) for trip_s in round_trips_s for share in shares]
     return {
-        "step_ms": speeds.step_s * 1e3,
+        "features_ms": speeds.features_s * 1e3,
+        "exit_ms": speeds.exit_s * 1e3,
         "pass_ms": speeds.pass_s * 1e3,
         "whole_ms": speeds.whole_s * 1e3,
         "acceptance": acceptance,

@@ -185,7 +185,7 @@ class Timing:
         measured: list[breakeven.Measured] = []
         whole_s: list[float] = []
         ways_s: list[float] = []
-        """A step and a pass, one behind the other."""
+        """A token's features and a pass, one behind the other."""
         for round_trip_ms in self.extent.round_trips_ms:
             for share in (1.0, BUSY_SHARE):
                 rows = self._link(round_trip_ms, share)
@@ -198,8 +198,9 @@ class Timing:
                 measured.append(breakeven.Measured(*point))
                 self.steps.say(f"{name}: {link}")
         self.proxy.shape = Shape()
-        step_s = self.device.pace.step_s
-        speeds = breakeven.Speeds(step_s, max(0.0, statistics.median(ways_s) - step_s), statistics.median(whole_s))
+        pace = self.device.pace
+        pass_s = max(0.0, statistics.median(ways_s) - pace.features_s)
+        speeds = breakeven.Speeds(pace.features_s, pace.exit_s, pass_s, statistics.median(whole_s))
         if plot is not None:
             shares = {"server at equal speed": 1.0, f"server with {BUSY_SHARE:.0%} of its time": BUSY_SHARE}
             breakeven.plot(plot, speeds, shares, measured)

@@ -29,8 +29,9 @@ from kinflow_builder.trunk import Segment
 def export_tflite(segment: Segment, path: Path, example: Array, rounding: Rounding | None = None) -> float:
     """Writes `path`, a static graph of batch 1. Returns the largest difference to torch over `example`.
 
-    `rounding`: of a static int8 graph, whose inputs and outputs stay float; the difference then is the root mean square one. Raises BackendError when the converter is missing or
-    cannot take the segment, or when the graph computes something else.
+    `rounding`: of a static int8 graph, whose inputs and outputs stay float; the difference then is the root mean
+    square one. Raises BackendError when the converter is missing or cannot take the segment, or when the graph
+    computes something else.
     """
     if find_spec("litert_torch") is None:
         raise BackendError("the TFLite converter is not installed: pip install 'kinflow[builder-tflite]'")

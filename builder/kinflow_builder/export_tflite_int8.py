@@ -14,7 +14,6 @@ from kinflow.errors import BackendError
 from kinflow_builder.export_int8 import Rounding
 from kinflow_builder.log import hushed
 
-
 # Operations that `float_layers` counts: those with weights.
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 

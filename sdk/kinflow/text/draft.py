@@ -7,7 +7,7 @@ ratio of tokens to time is largest where that stops (the marginal value theorem,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import ceil, prod
@@ -43,8 +43,8 @@ class Moment(NamedTuple):
     """The chance that all drafts under way stand."""
     fresh: Sequence[float]
     """The chance of each of the others, if those before it stand."""
-    chance: float
-    """That of the next one; 0 where there can be none."""
+    chance: Callable[[], float]
+    """That of the next one; 0 where there can be none. To ask takes the device's exit its time."""
 
 
 class Acceptance:
@@ -105,13 +105,29 @@ class Line:
 class Pace:
     """How fast both sides are; seconds."""
 
-    step_s: float = 0.0
-    """One token on the device."""
+    features_s: float = 0.0
+    """A token's features on the device."""
+    exit_s: float = 0.0
+    """What its exit says of them."""
     server: Line = field(default_factory=Line)
     """A server's work over the positions of a verification."""
 
-    def stepped(self, seconds: float) -> None:
-        self.step_s = seconds if self.step_s == 0 else self.step_s + SMOOTHING * (seconds - self.step_s)
+    @property
+    def step_s(self) -> float:
+        """One draft."""
+        return self.features_s + self.exit_s
+
+    def computed(self, seconds: float) -> None:
+        """A token's features."""
+        self.features_s = _smoothed(self.features_s, seconds)
+
+    def read(self, seconds: float) -> None:
+        """The exit's logits."""
+        self.exit_s = _smoothed(self.exit_s, seconds)
+
+
+def _smoothed(usual: float, seen: float) -> float:
+    return usual + SMOOTHING * (seen - usual) if usual else seen
 
 
 @dataclass(frozen=True)
@@ -159,21 +175,27 @@ class Plan:
         """What to do now."""
         standing = at.sent * prod(at.fresh)
         may_send = at.unsent > 0 and at.in_flight < self.in_flight and (not at.in_flight or standing >= self.floor)
-        if may_send and (at.drafted >= self.most or not self._wait_for_more(at)):
+        if may_send and (at.drafted >= self.most or self._doubtful(prod(at.fresh))):
             return "send"
-        if at.chance > 0 and (not at.in_flight or standing * at.chance >= AHEAD_CHANCE):
+        chance = at.chance()
+        if may_send and not self._wait_for_more(at, chance):
+            return "send"
+        if chance > 0 and (not at.in_flight or standing * chance >= AHEAD_CHANCE):
             return "draft"
         return "send" if may_send else "wait"
 
-    def _wait_for_more(self, at: Moment) -> bool:
-        """Whether what is unsent should go up with one more draft.
+    def _doubtful(self, all_stand: float) -> bool:
+        """Whether drafts that all stand with this chance should not wait for another one.
 
-        Until then a draft that is wrong stays undiscovered for a step more; a verification of its own costs a pass.
+        Until then one that is wrong stays undiscovered for a step more; a verification of its own costs a pass.
         """
-        all_stand = prod(at.fresh) * at.chance
-        if (1 - all_stand) * self.step_s >= PASS_PRICE * self.server_s:
+        return (1 - all_stand) * self.step_s >= PASS_PRICE * self.server_s
+
+    def _wait_for_more(self, at: Moment, chance: float) -> bool:
+        """Whether what is unsent should go up with one more draft."""
+        if self._doubtful(prod(at.fresh) * chance):
             return False
         if at.in_flight:
             return True
         tokens = 1 + sum(accumulate(at.fresh, mul))
-        return self.more(at.drafted, tokens, prod(at.fresh), at.chance)
+        return self.more(at.drafted, tokens, prod(at.fresh), chance)

@@ -1,7 +1,8 @@
 """The device's own model: its layers, branch and head, one text at a time.
 
 After the prompt it takes tokens one by one, also where several are known: then a position's features do not depend
-on what was drafted and rejected before it, and a text can be repeated bit by bit.
+on what was drafted and rejected before it, and a text can be repeated bit by bit. What the exit would say is computed
+when it is asked for: features are ready to be sent before that, and what a verdict makes needless is never computed.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ class Drafter:
         self._model = model
         self._lower = model.family.cache(LOWER)
         self._branch = model.family.cache(model.branch.name)
-        self._logits: list[Array] = []
+        self._features: list[Array] = []
+        """[1, tokens, width]: the prompt's, then those of one position each."""
         self._prompt = 0
+        self._logits: Array | None = None
 
     @property
     def length(self) -> int:
@@ -74,19 +77,28 @@ class Drafter:
 
     @property
     def logits(self) -> Array:
-        """[vocabulary], for the position after the last one."""
-        return self._logits[-1]
+        """[vocabulary], for the position after the last one. Raises BackendError."""
+        if self._logits is None:
+            # Where the branch has read the last position before, it reads it again.
+            self._branch.crop(self.length - 1 if self.length > self._prompt else 0)
+            read = self._branch.length
+            unread = self._features[read - self._prompt + 1 if read else 0 :]
+            normed = self._model.branch.run(np.concatenate(unread, 1), [self._branch])
+            self._logits = self._model.head.run(normed[0, -1:])[0]
+        return self._logits
 
     def crop(self, length: int) -> None:
         """Forget positions from `length` on; the prompt stays."""
         assert length >= self._prompt
-        self._lower.crop(length)
-        self._branch.crop(length)
-        del self._logits[length - self._prompt + 1 :]
+        if length < self.length:
+            self._lower.crop(length)
+            self._branch.crop(length)
+            del self._features[length - self._prompt + 1 :]
+            self._logits = None
 
     def _run(self, ids: npt.NDArray[np.int64]) -> Array:
         features = self._model.lower.run(ids, [self._lower])
-        normed = self._model.branch.run(features, [self._branch])
-        self._logits.append(self._model.head.run(normed[0, -1:])[0])
+        self._features.append(features)
+        self._logits = None
         mine: Array = features[0]
         return mine

@@ -241,7 +241,7 @@ class Generation:
             drafted=len(chances) - old,
             sent=prod(chances[:old]),
             fresh=chances[old:],
-            chance=self._acceptance.chance(self._choose().probability) if possible else 0.0,
+            chance=lambda: self._acceptance.chance(self._choose().probability) if possible else 0.0,
         )
 
     def _draft(self) -> None:
@@ -252,11 +252,13 @@ class Generation:
     def _choose(self) -> _Draft:
         """What the device's exit would say next, and how sure it is of that."""
         if self._next is None:
+            start_s = time.perf_counter()
             logits = self._drafter.logits
-            token, probability, _ = choose(logits, self._sampling, self._drafter.length)
             if self._sampling.temperature == 0:
-                probability = read(logits, self._exit.temperature).confidence
-            self._next = _Draft(token, probability)
+                self._next = _Draft(*read(logits, self._exit.temperature))
+            else:
+                self._next = _Draft(*choose(logits, self._sampling, self._drafter.length)[:2])
+            self._pace.read(time.perf_counter() - start_s)
         return self._next
 
     def _add(self, tokens: Sequence[int], *, begin: bool = False) -> None:
@@ -265,7 +267,7 @@ class Generation:
         features = self._drafter.begin(tokens) if begin else self._drafter.feed(tokens[0])
         self._next = None
         if not begin:
-            self._pace.stepped(time.perf_counter() - start_s)
+            self._pace.computed(time.perf_counter() - start_s)
         self._positions.add(tokens, self._codec.encode(features) if self._codec else b"")
 
     # Tokens leave

@@ -1,0 +1,76 @@
+"""The device's own model on one text: features at once, its exit only when it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from kinflow.text.cache import Cache
+from kinflow.text.drafter import Array, DeviceModel, Drafter
+from kinflow.text.family import TextFamily
+from kinflow_builder.text.tiny import write_tiny
+
+PROMPT, MORE = [5, 6, 7], [8, 9, 10, 11]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> DeviceModel:
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    write_tiny(folder, seed=0)
+    return DeviceModel.open(TextFamily.load(folder), "int8", 1)
+
+
+def fed(model: DeviceModel, tokens: list[int], *, asked: bool) -> Drafter:
+    """A text of the prompt and `tokens`, its exit asked after every one or never."""
+    drafter = Drafter(model)
+    drafter.begin(PROMPT)
+    for token in tokens:
+        if asked:
+            assert drafter.logits.shape == (model.family.manifest.vocabulary,)
+        drafter.feed(token)
+    return drafter
+
+
+def test_the_exit_catches_up(model: DeviceModel) -> None:
+    """Asked late or after every token, it says the same; and what it said once is not computed again."""
+    late, always = (fed(model, MORE, asked=asked) for asked in (False, True))
+    np.testing.assert_allclose(late.logits, always.logits, atol=1e-4)
+    assert late.logits is late.logits
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize("asked", [False, True])
+def test_after_a_crop_the_exit_speaks_of_what_is_left(model: DeviceModel, kept: int, asked: bool) -> None:
+    """Drafts that fell leave nothing behind, whether the exit had read them or not."""
+    drafter = fed(model, MORE, asked=asked)
+    if asked:
+        assert drafter.logits.any()
+    drafter.crop(len(PROMPT) + kept)
+    assert drafter.length == len(PROMPT) + kept
+    np.testing.assert_allclose(drafter.logits, fed(model, MORE[:kept], asked=True).logits, atol=1e-4)
+    drafter.feed(12)
+    np.testing.assert_allclose(drafter.logits, fed(model, [*MORE[:kept], 12], asked=True).logits, atol=1e-4)
+
+
+def test_features_do_not_depend_on_who_asked(model: DeviceModel) -> None:
+    """Bit by bit: they are what the text is made of."""
+    late, always = (fed(model, MORE, asked=asked) for asked in (False, True))
+    np.testing.assert_array_equal(late.feed(12), always.feed(12))
+
+
+def test_nobody_computes_an_exit_that_is_not_asked(model: DeviceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text whose every token a server says costs the device its layers alone."""
+    runs: list[int] = []
+    run = model.branch.run
+
+    def counted(tokens: Array, caches: Sequence[Cache]) -> Array:
+        runs.append(tokens.shape[1])
+        return run(tokens, caches)
+
+    monkeypatch.setattr(model.branch, "run", counted)
+    drafter = fed(model, MORE, asked=False)
+    assert runs == []
+    assert drafter.logits.any()
+    assert runs == [len(PROMPT) + len(MORE)]
