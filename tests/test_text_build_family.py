@@ -59,7 +59,8 @@ def test_bundle_is_whole(trained: Path) -> None:
     ids = np.array([family.tokenizer().encode("hello")])
     values = ids
     for name in manifest.exits["device"].segments:
-        values = family.segment(name, "int8").run(values, [family.cache(name)])
+        segment = family.segment(name, "int8")
+        values = segment.run(values, [segment.past()])
     assert family.head("int8").run(values[0]).shape == (5, SHAPE.vocabulary)
     card = (trained / "bundle/card.md").read_text()
     assert f"{100 * manifest.exits['device'].agreement:.2f}%" in card

@@ -15,15 +15,15 @@ pytest.importorskip("onnx", reason="pip install 'kinflow[builder]'")
 
 import onnx
 
-from kinflow.text.cache import Cache, stack
+from kinflow.text.cache import stack
+from kinflow.text.family import TextFamily
 from kinflow.text.manifest import Precision
-from kinflow.text.segment import SegmentRunner
 from kinflow_builder.text import graph
 from kinflow_builder.text.bridge import fit
 from kinflow_builder.text.llama import Llama, branch_of, layer_of, norm_of, stack_of
 from kinflow_builder.text.llama import Stack as TorchStack
 from kinflow_builder.text.shape import Branch, Bridge
-from kinflow_builder.text.tiny import SHAPE, random_model
+from kinflow_builder.text.tiny import SHAPE, random_model, write_tiny
 
 pytestmark = pytest.mark.builder
 
@@ -46,6 +46,26 @@ def inputs_of(batch: int, past: int, tokens: int, layers: int) -> dict[str, np.n
         "positions": np.tile(np.arange(past, past + tokens), (batch, 1)),
         "bias": np.tile(bias, (batch, 1, 1, 1)),
     }
+
+
+def fused(inputs: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
+    """The same for a graph with fused attention."""
+    past, positions = inputs["past"], inputs["positions"]
+    given = {"hidden": inputs["hidden"], "last": positions[:, -1].astype(np.int32)}
+    given["total"] = given["last"][:1] + 1
+    for index in range(layers):
+        for place, kind in enumerate(("key", "value")):
+            given[f"{kind}.{index}.past"] = np.ascontiguousarray(past[:, :, index, place].swapaxes(1, 2))
+    return given
+
+
+def run_fused(made: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The result, and the new cache entries [B,T,L,2,H,D]."""
+    layers = sum(output.name.startswith("key.") for output in made.graph.output)
+    result, *caches = run(made, fused(inputs, layers))
+    layered = [np.stack([caches[2 * index], caches[2 * index + 1]], 1) for index in range(layers)]
+    # [B,L,2,H,P+T,D]
+    return result, np.stack(layered, 1).transpose(0, 4, 1, 2, 3, 5)[:, inputs["past"].shape[1] :]
 
 
 def torch_outputs(inputs: dict[str, np.ndarray], layers: int) -> list[np.ndarray]:
@@ -71,11 +91,12 @@ def test_branch_is_what_torch_computes(precision: Precision) -> None:
     weight = RANDOM.normal(size=(SHAPE.width, SHAPE.width)).astype(np.float32) / 8
     made = Branch(MODEL.layers[:1], MODEL.norm, Bridge(weight, RANDOM.normal(size=SHAPE.width).astype(np.float32)))
     inputs = inputs_of(1, 2, 3, 1)
-    found = run(graph.stack(SHAPE, made.layers, made.norm, bridge=made.bridge, precision=precision), inputs)
+    built = graph.stack(SHAPE, made.layers, made.norm, bridge=made.bridge, precision=precision)
+    result = (run_fused if precision == "int8" else run)(built, inputs)[0]
     with torch.no_grad():
         expected = stack_of(SHAPE, made)(*(torch.from_numpy(values) for values in inputs.values()))
     assert isinstance(branch_of(stack_of(SHAPE, made)).bridge, Bridge)
-    error = np.square(found[0] - expected[0].numpy()).mean() ** 0.5
+    error = np.square(result - expected[0].numpy()).mean() ** 0.5
     assert error < (1e-5 if precision == "float" else 0.05)
 
 
@@ -90,10 +111,11 @@ def test_bridge_is_the_least_squares_map() -> None:
     np.testing.assert_allclose(found.bias, bias.numpy(), atol=0.05)
 
 
-def test_int8_graph_is_near() -> None:
-    """With 8 bits the result is a few hundredths off, and no more."""
-    inputs = inputs_of(2, 5, 6, 2)
-    result, present = run(graph.stack(SHAPE, MODEL.layers[-2:], MODEL.norm, precision="int8"), inputs)
+@pytest.mark.parametrize(("batch", "past", "tokens"), [(2, 0, 6), (3, 5, 1), (1, 5, 6)])
+def test_int8_graph_is_near(batch: int, past: int, tokens: int) -> None:
+    """With 8 bits, and attention as one node, the result is a few hundredths off, and no more."""
+    inputs = inputs_of(batch, past, tokens, 2)
+    result, present = run_fused(graph.stack(SHAPE, MODEL.layers[-2:], MODEL.norm, precision="int8"), inputs)
     expected, cache = torch_outputs(inputs, 2)
     for ours, theirs in ((result, expected), (present, cache)):
         error = np.sqrt(np.square(ours - theirs).mean() / np.square(theirs).mean())
@@ -105,8 +127,8 @@ def test_int8_token_does_not_depend_on_its_batch() -> None:
     made = graph.stack(SHAPE, MODEL.layers[:1], precision="int8")
     inputs = inputs_of(2, 3, 1, 1)
     inputs["hidden"][1] *= 100
-    alone = run(made, {name: values[:1] for name, values in inputs.items()})
-    for both, one in zip(run(made, inputs), alone, strict=True):
+    alone = run_fused(made, {name: values[:1] for name, values in inputs.items()})
+    for both, one in zip(run_fused(made, inputs), alone, strict=True):
         np.testing.assert_allclose(both[:1], one, atol=1e-6)
 
 
@@ -129,11 +151,10 @@ def test_all_segments_are_the_whole_model() -> None:
 
 def test_ragged_batch_is_one_by_one(tmp_path: Path) -> None:
     """Sessions of different lengths in one batch get what each gets alone."""
-    made = graph.stack(SHAPE, MODEL.layers[:2], embedding=MODEL.embedding)
-    onnx.save(made, tmp_path / "lower.onnx")
-    runner = SegmentRunner("lower", (tmp_path / "lower.onnx").read_bytes(), "lower.onnx", threads=1)
+    write_tiny(tmp_path / "bundle")
+    runner = TextFamily.load(tmp_path / "bundle").batched("lower")
     texts = [RANDOM.integers(0, SHAPE.vocabulary, (1, length)) for length in (3, 1, 8)]
-    caches = [Cache(2, SHAPE.kv_heads, SHAPE.head_size) for _ in texts]
+    caches = [runner.past() for _ in texts]
     for text, cache in zip(texts, caches, strict=True):
         runner.run(text, [cache])
     following = RANDOM.integers(0, SHAPE.vocabulary, (3, 2))

@@ -39,7 +39,7 @@ class Chain:
         self.codecs = codecs or {}
         precisions = {"lower": device, "branch-device": device}
         self.segments = [family.segment(name, precisions.get(name, "float")) for name in path]
-        self.caches = {name: family.cache(name) for name in path}
+        self.caches = {segment.name: segment.past() for segment in self.segments}
         self.coded: dict[str, bytes] = {}
 
     def feed(self, inputs: np.ndarray) -> np.ndarray:

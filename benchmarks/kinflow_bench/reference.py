@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kinflow.text.cache import Cache
 from kinflow.text.codec import FeatureCodec
 from kinflow.text.family import TextFamily
 from kinflow.text.manifest import LOWER, Precision
 from kinflow.text.sampling import Sampling, choose
-from kinflow.text.segment import SegmentRunner
 
 Array = npt.NDArray[np.float32]
 
@@ -39,14 +37,14 @@ class Reference:
         path = family.manifest.exits[family.manifest.last_exit()].segments
         self._family = family
         self._codec = codec
-        self._segments: list[SegmentRunner] = [
+        self._segments = [
             family.segment(name, precision if name == LOWER else "float", threads=threads) for name in path
         ]
         self._head = family.head("float", threads=threads)
 
     def decode(self, prompt: Sequence[int], most: int, sampling: Sampling) -> Text:
         """At most `most` tokens after `prompt`."""
-        caches = [self._family.cache(segment.name) for segment in self._segments]
+        caches = [segment.past() for segment in self._segments]
         logits = self._logits(prompt, caches)
         tokens: list[int] = []
         margins: list[float] = []
@@ -61,13 +59,13 @@ class Reference:
 
     def logits(self, text: Sequence[int], prompt: int = 0) -> Array:
         """[vocabulary], for the position after `text`, whose first `prompt` tokens are taken at once."""
-        caches = [self._family.cache(segment.name) for segment in self._segments]
+        caches = [segment.past() for segment in self._segments]
         logits = self._logits(text[: prompt or len(text)], caches)
         for token in text[prompt:] if prompt else ():
             logits = self._logits([token], caches)
         return logits
 
-    def _logits(self, tokens: Sequence[int], caches: Sequence[Cache]) -> Array:
+    def _logits(self, tokens: Sequence[int], caches: Sequence[Any]) -> Array:
         """For the position after the last of `tokens`."""
         hidden: npt.NDArray[Any] = np.array([tokens], np.int64)
         for segment, cache in zip(self._segments, caches, strict=True):

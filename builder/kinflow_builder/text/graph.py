@@ -1,8 +1,8 @@
 """ONNX graphs of segments, written operator by operator from numpy weights; no torch.
 
-Inputs: `ids` or `hidden`, `past` [B,P,L,2,H,D], `positions` [B,T], `bias` [B,1,T,P+T]; outputs `result` [B,T,d] and
-`present` [B,T,L,2,H,D], which are the new entries alone. B, T and P are free, P = 0 too. The head: `hidden` [N,d] ->
-`logits` [N,V]. Keys stand in the cache after their rotation.
+Inputs: `ids` or `hidden`, and what attention takes; outputs `result` [B,T,d], and what attention adds to its caches.
+B, T and the past's length P are free, P = 0 too. Float graphs have attention apart, int8 ones, which are a device's,
+have it fused. The head: `hidden` [N,d] -> `logits` [N,V]. Keys stand in the cache after their rotation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kinflow.text.manifest import Precision
+from kinflow_builder.text.attention import CONTRIB, Apart, Attention, Fused, tensor
 from kinflow_builder.text.shape import Bridge, Floats, Shape, Weights
 
 OPSET = 20
 IR_VERSION = 9
-CONTRIB = "com.microsoft"
 # Values of a matrix' row that have a scale of their own.
 BLOCK = 32
 # onnxruntime's: activations are rounded to 8 bits too, block by block.
@@ -128,22 +128,18 @@ def stack(
     embedding: [vocabulary, width]
     """
     writer = Writer(precision)
-    inputs, outputs = _interface(shape, len(layers), ids=embedding is not None)
+    attention: Attention = (Fused if precision == "int8" else Apart)(writer, shape, len(layers))
+    first = tensor("hidden", ["batch", "tokens", shape.width])
+    if embedding is not None:
+        first = tensor("ids", ["batch", "tokens"], TensorProto.INT64)
     hidden = "hidden" if embedding is None else writer.rows("embedding", embedding, "ids")
     if bridge is not None:
         # Always as floats: no norm stands before it, and few channels are a hundred times as large as their neighbours.
         turned = writer.node("MatMul", [hidden, writer.constant("bridge", bridge.weight.T)])
         hidden = writer.node("Add", [turned, writer.constant("bridge.bias", bridge.bias)])
-    writer.node("Reshape", ["past", writer.integers(0, 0, 2 * len(layers), shape.kv_heads, shape.head_size)], "flat")
-    # [2L,B,H,P,D]: what one layer takes lies in one piece.
-    writer.node("Transpose", ["flat"], "caches", perm=[2, 0, 3, 1, 4])
-    _rotary(writer, shape)
-    # The queries that share a key stand one behind another, so that no key is copied: the mask is repeated for them.
-    writer.node("Concat", ["bias"] * (shape.heads // shape.kv_heads), "mask", axis=2)
-    presents: list[str] = []
     normed = writer.norm(hidden, "0.attention_norm", layers[0]["attention_norm"], shape.epsilon)
     for index, weights in enumerate(layers):
-        mixed = _attention(writer, shape, index, weights, normed, presents)
+        mixed = _attention(writer, shape, index, weights, normed, attention)
         hidden, normed = writer.added_and_normed(hidden, mixed, f"{index}.mlp_norm", weights["mlp_norm"], shape.epsilon)
         opened = _mlp(writer, shape, index, weights, normed)
         # What comes next takes it normed: the next layer, or what is behind the segment.
@@ -152,10 +148,10 @@ def stack(
             hidden = writer.node("Add", [hidden, opened])
         else:
             hidden, normed = writer.added_and_normed(hidden, opened, f"{index}.next_norm", following, shape.epsilon)
-    joined = writer.node("Concat", presents, axis=2)
-    writer.node("Reshape", [joined, writer.integers(0, 0, len(layers), 2, shape.kv_heads, shape.head_size)], "present")
+    attention.end()
     writer.node("Identity", [hidden if norm is None else normed], "result")
-    return writer.model(inputs, outputs)
+    outputs = [tensor("result", ["batch", "tokens", shape.width]), *attention.outputs]
+    return writer.model([first, *attention.inputs], outputs)
 
 
 def head(weight: Floats, precision: Precision = "float") -> onnx.ModelProto:
@@ -163,31 +159,14 @@ def head(weight: Floats, precision: Precision = "float") -> onnx.ModelProto:
     writer = Writer(precision)
     writer.node("Identity", [writer.linear("hidden", "head", weight)], "logits")
     vocabulary, width = weight.shape
-    return writer.model([_tensor("hidden", ["rows", width])], [_tensor("logits", ["rows", vocabulary])])
+    return writer.model([tensor("hidden", ["rows", width])], [tensor("logits", ["rows", vocabulary])])
 
 
-def _attention(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str, presents: list[str]) -> str:
+def _attention(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str, attention: Attention) -> str:
     """What a layer's attention adds. Nodes cost time, even small ones: one product makes queries, keys and values."""
-    size, heads, kv_heads = shape.head_size, shape.heads, shape.kv_heads
-    scaled = weights["query"] * np.float32(size**-0.5)
-    joined = np.concatenate([scaled, weights["key"], weights["value"]])
-    all_heads = _heads(writer, writer.linear(normed, f"{index}.joined", joined), heads + 2 * kv_heads, size)
-    turning, value = writer.split(all_heads, heads + kv_heads, kv_heads, axis=2)
-    query, key = writer.split(_rotated(writer, turning, size), heads, kv_heads, axis=2)
-    for part in (key, value):
-        presents.append(writer.node("Unsqueeze", [part, writer.integers(2)]))
-    keys, values = (
-        writer.node(
-            "Concat",
-            [
-                writer.node("Gather", ["caches", writer.integer(2 * index + place)], axis=0),
-                writer.node("Transpose", [part], perm=[0, 2, 1, 3]),
-            ],
-            axis=2,
-        )
-        for place, part in enumerate((key, value))
-    )
-    return writer.linear(_attend(writer, shape, query, keys, values), f"{index}.output", weights["output"])
+    scaled = weights["query"] * np.float32(shape.head_size**-0.5)
+    joined = writer.linear(normed, f"{index}.joined", np.concatenate([scaled, weights["key"], weights["value"]]))
+    return writer.linear(attention.mix(index, joined), f"{index}.output", weights["output"])
 
 
 def _mlp(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str) -> str:
@@ -196,59 +175,3 @@ def _mlp(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str
     gate, up = writer.split(both, shape.inner, shape.inner, axis=-1)
     opened = writer.node("Mul", [gate, writer.node("Sigmoid", [gate])])
     return writer.linear(writer.node("Mul", [opened, up]), f"{index}.down", weights["down"])
-
-
-def _attend(writer: Writer, shape: Shape, query: str, keys: str, values: str) -> str:
-    """query [B,T,heads,D], scaled; keys and values [B,H,S,D] -> [B,T,heads*D]"""
-    turned = writer.node("Transpose", [query], perm=[0, 2, 1, 3])
-    grouped = writer.node("Reshape", [turned, writer.integers(0, shape.kv_heads, -1, shape.head_size)])
-    scores = writer.node("MatMul", [grouped, writer.node("Transpose", [keys], perm=[0, 1, 3, 2])])
-    shares = writer.node("Softmax", [writer.node("Add", [scores, "mask"])], axis=-1)
-    mixed = writer.node("MatMul", [shares, values])
-    apart = writer.node("Reshape", [mixed, writer.integers(0, shape.heads, -1, shape.head_size)])
-    back = writer.node("Transpose", [apart], perm=[0, 2, 1, 3])
-    return writer.node("Reshape", [back, writer.integers(0, 0, shape.heads * shape.head_size)])
-
-
-def _heads(writer: Writer, values: str, heads: int, size: int) -> str:
-    return writer.node("Reshape", [values, writer.integers(0, 0, heads, size)])
-
-
-def _rotary(writer: Writer, shape: Shape) -> None:
-    """`cosine` and `sine` [B,T,1,D] of the positions' angles (Su et al., RoFormer, arXiv 2104.09864)."""
-    frequencies = shape.theta ** (-np.arange(0, shape.head_size, 2, dtype=np.float32) / shape.head_size)
-    places = writer.node("Cast", ["positions"], to=TensorProto.FLOAT)
-    column = writer.node("Unsqueeze", [places, writer.integers(2, 3)])
-    angles = writer.node("Mul", [column, writer.constant("frequencies", frequencies)])
-    both = writer.node("Concat", [angles, angles], axis=-1)
-    writer.node("Cos", [both], "cosine")
-    # Against the halves changed over, the first of which counts negative.
-    signs = np.repeat(np.array([-1, 1], np.float32), shape.head_size // 2)
-    writer.node("Mul", [writer.node("Sin", [both]), writer.constant("signs", signs)], "sine")
-
-
-def _rotated(writer: Writer, vectors: str, size: int) -> str:
-    """vectors [B,T,heads,D]; the first half's values are paired with the second's."""
-    first, second = writer.split(vectors, size // 2, size // 2, axis=-1)
-    crossed = writer.node("Concat", [second, first], axis=-1)
-    straight = writer.node("Mul", [vectors, "cosine"])
-    return writer.node("Add", [straight, writer.node("Mul", [crossed, "sine"])])
-
-
-def _interface(shape: Shape, layers: int, *, ids: bool) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-    rest = [layers, 2, shape.kv_heads, shape.head_size]
-    first = _tensor("ids", ["batch", "tokens"], TensorProto.INT64)
-    if not ids:
-        first = _tensor("hidden", ["batch", "tokens", shape.width])
-    inputs = [
-        first,
-        _tensor("past", ["batch", "before", *rest]),
-        _tensor("positions", ["batch", "tokens"], TensorProto.INT64),
-        _tensor("bias", ["batch", 1, "tokens", "all"]),
-    ]
-    outputs = [_tensor("result", ["batch", "tokens", shape.width]), _tensor("present", ["batch", "tokens", *rest])]
-    return inputs, outputs
-
-
-def _tensor(name: str, axes: list[str | int], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, axes)

@@ -63,7 +63,7 @@ class ServedText:
         path = manifest.exits[exit_name].segments
         # The largest member may be asked for all of its layers: by clients on narrow links, and to redo what is close.
         needed = path if exit_name == manifest.last_exit() else path[path.index(own[0]) :]
-        opened = {name: family.segment(name, threads=threads) for name in needed}
+        opened = {name: family.batched(name, threads=threads) for name in needed}
         sources = tuple(manifest.segments[name].source for name in needed)
         return cls(family, member, opened, family.head(threads=threads), exit_name, sources)
 
@@ -140,7 +140,7 @@ class ServedText:
 
     def caches(self) -> dict[str, Cache]:
         """Empty ones, for every segment."""
-        return {name: self.family.cache(name) for name in self.segments}
+        return {name: segment.past() for name, segment in self.segments.items()}
 
     def layers(self, path: tuple[str, ...]) -> int:
         return sum(self.family.manifest.segments[name].layers for name in path)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kinflow.errors import FamilyMismatch
 from kinflow.text.family import TextFamily
 from kinflow.text.manifest import LOWER, Precision
-from kinflow.text.segment import HeadRunner, SegmentRunner
+from kinflow.text.segment import HeadRunner, TextSegment
 
 Array = npt.NDArray[np.float32]
 
@@ -28,8 +28,8 @@ class DeviceModel:
     family: TextFamily
     exit: str
     split: str
-    lower: SegmentRunner
-    branch: SegmentRunner
+    lower: TextSegment
+    branch: TextSegment
     head: HeadRunner
 
     @classmethod
@@ -54,8 +54,8 @@ class Drafter:
 
     def __init__(self, model: DeviceModel) -> None:
         self._model = model
-        self._lower = model.family.cache(LOWER)
-        self._branch = model.family.cache(model.branch.name)
+        self._lower = model.lower.past()
+        self._branch = model.branch.past()
         self._features: list[Array] = []
         """[1, tokens, width]: the prompt's, then those of one position each."""
         self._prompt = 0

@@ -14,10 +14,10 @@ from kinflow.bundle import MANIFEST, MAX_MANIFEST_BYTES, decode_manifest, open_r
 from kinflow.errors import BundleError, CodecError, FamilyMismatch
 from kinflow.manifest import File
 from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
-from kinflow.text.cache import Cache
 from kinflow.text.codec import FeatureCodec, open_codecs
+from kinflow.text.fused import FusedRunner
 from kinflow.text.manifest import HEAD, IDS, TASK, Precision, TextManifest
-from kinflow.text.segment import HeadRunner, SegmentRunner
+from kinflow.text.segment import HeadRunner, SegmentRunner, Session, TextSegment
 from kinflow.text.tokenizer import Tokenizer
 
 
@@ -88,13 +88,18 @@ class TextFamily:
         manifest = self.manifest
         return Tokenizer(self.read(manifest.tokenizer), self.read(manifest.chat_template), manifest.stop_tokens)
 
-    def cache(self, segment: str) -> Cache:
-        """An empty one for a segment of the manifest."""
-        return Cache(self.manifest.segments[segment].layers, self.manifest.kv_heads, self.manifest.head_size)
-
-    def segment(self, name: str, precision: Precision = "float", *, threads: int = 1) -> SegmentRunner:
+    def segment(self, name: str, precision: Precision = "float", *, threads: int = 1) -> TextSegment:
         """At `precision`, or at the only one that there is. Raises FamilyMismatch, BundleError, BackendError."""
-        return SegmentRunner(name, *self._graph(name, precision), threads)
+        session = Session(*self._graph(name, precision), threads)
+        kind = FusedRunner if session.fused else SegmentRunner
+        return kind(name, session, self.manifest)
+
+    def batched(self, name: str, *, threads: int = 1) -> SegmentRunner:
+        """A segment for sessions of many clients at once, in floats. Raises as `segment` does."""
+        runner = self.segment(name, threads=threads)
+        if not isinstance(runner, SegmentRunner):
+            raise FamilyMismatch(f"{self.id}: segment {name!r} has no graph for several texts at once")
+        return runner
 
     def head(self, precision: Precision = "float", *, threads: int = 1) -> HeadRunner:
         """The LM head. Raises as `segment` does."""

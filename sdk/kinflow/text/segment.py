@@ -1,9 +1,13 @@
-"""Runs one segment of a language model with ONNX Runtime: tokens in, features out, caches appended."""
+"""Runs one segment of a language model with ONNX Runtime: tokens in, features out, caches appended.
+
+A graph has attention in one of two forms. Apart, sessions of any lengths are run together, and all that they have is
+copied for it: a server's. Fused, keys and values of the one text stay where they are: a device's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,36 +15,79 @@ import numpy.typing as npt
 from kinflow.backends.onnx import open_session
 from kinflow.errors import BackendError, InputError
 from kinflow.text.cache import Cache, stack
+from kinflow.text.manifest import TextManifest
 
 Array = npt.NDArray[np.float32]
 
 
-class _Session:
+class Past(Protocol):
+    """What a segment keeps of one text."""
+
+    length: int
+
+    def crop(self, length: int) -> None:
+        """Forget positions from `length` on."""
+
+
+class TextSegment(Protocol):
+    """A segment for one text at a time, whatever form its graph has."""
+
+    name: str
+
+    def past(self) -> Past:
+        """Of a new text, for this segment's `run` alone."""
+
+    def run(self, tokens: npt.NDArray[Any], caches: Sequence[Any]) -> Array:
+        """The features of the next positions of the one text, whose Past grows by them. Raises BackendError."""
+
+
+class Session:
     """One InferenceSession with checked names."""
 
-    def __init__(self, path: str, data: bytes, threads: int, inputs: set[str], outputs: list[str]) -> None:
-        self._session = open_session(data, path, threads)
-        found = {node.name for node in self._session.get_inputs()}
-        made = [node.name for node in self._session.get_outputs()]
+    def __init__(self, data: bytes, path: str, threads: int) -> None:
+        self.session = open_session(data, path, threads)
+        self.path = path
+
+    def check(self, inputs: set[str], outputs: list[str]) -> None:
+        """Raises BackendError."""
+        found = {node.name for node in self.session.get_inputs()}
+        made = [node.name for node in self.session.get_outputs()]
         if found != inputs or made != outputs:
-            raise BackendError(f"{path} has the inputs {sorted(found)} and outputs {made}, not {inputs} and {outputs}")
-        self._path = path
+            raise BackendError(
+                f"{self.path} has the inputs {sorted(found)} and outputs {made}, not {sorted(inputs)} and {outputs}"
+            )
+
+    @property
+    def fused(self) -> bool:
+        """The form of its attention."""
+        return "past" not in {node.name for node in self.session.get_inputs()}
 
     def run(self, inputs: dict[str, Any]) -> list[Array]:
         try:
-            return list(self._session.run(None, inputs))
+            return list(self.session.run(None, inputs))
         except Exception as exc:
-            raise BackendError(f"{self._path}: {exc}") from exc
+            raise BackendError(f"{self.path}: {exc}") from exc
+
+
+def first_input(name: str) -> str:
+    """Of a segment's graph."""
+    return "ids" if name == "lower" else "hidden"
 
 
 class SegmentRunner:
-    """A trunk segment or a branch. For several threads, each with caches of its own."""
+    """A trunk segment or a branch, attention apart. For several threads, each with caches of its own."""
 
-    def __init__(self, name: str, data: bytes, path: str, threads: int) -> None:
+    def __init__(self, name: str, session: Session, manifest: TextManifest) -> None:
         """Raises BackendError."""
         self.name = name
-        self._input = "ids" if name == "lower" else "hidden"
-        self._session = _Session(path, data, threads, {self._input, "past", "positions", "bias"}, ["result", "present"])
+        self._input = first_input(name)
+        self._session = session
+        self._manifest = manifest
+        session.check({self._input, "past", "positions", "bias"}, ["result", "present"])
+
+    def past(self) -> Cache:
+        """Of a new session."""
+        return Cache(self._manifest.segments[self.name].layers, self._manifest.kv_heads, self._manifest.head_size)
 
     def run(self, tokens: npt.NDArray[Any], caches: Sequence[Cache], counts: Sequence[int] = ()) -> Array:
         """The features of the next positions of each session, whose caches grow by them.
@@ -65,7 +112,8 @@ class HeadRunner:
     def __init__(self, name: str, data: bytes, path: str, threads: int) -> None:
         """Raises BackendError."""
         self.name = name
-        self._session = _Session(path, data, threads, {"hidden"}, ["logits"])
+        self._session = Session(data, path, threads)
+        self._session.check({"hidden"}, ["logits"])
 
     def run(self, hidden: Array) -> Array:
         """Normed features [n, width] -> logits [n, vocabulary]. Raises BackendError."""
