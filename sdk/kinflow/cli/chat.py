@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from types import FrameType
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -130,7 +127,7 @@ class Chat:
             return
         reply = ""
         try:
-            with _stoppable() as stopped, closing(iter(generation)) as tokens:
+            with texts.stoppable() as stopped, closing(iter(generation)) as tokens:
                 for token in tokens:
                     self._console.print(piece(token), end="")
                     reply += token.text
@@ -164,21 +161,3 @@ def _line(prompt: str) -> str:
         return "/quit"
     except UnicodeDecodeError as exc:
         raise InputError(f"standard input is not UTF-8: {exc}") from exc
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: the text is left between two tokens. A second one interrupts at once."""
-    pressed = False
-
-    def press(_number: int, _frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

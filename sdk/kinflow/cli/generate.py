@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -78,12 +79,15 @@ def _show(generation: Generation) -> None:
     from kinflow.cli.colours import console, piece, statistics
 
     out = console()
-    try:
-        for token in generation:
+    with texts.stoppable() as stopped, closing(iter(generation)) as tokens:
+        for token in tokens:
             out.print(piece(token), end="")
-    finally:
-        out.print()
-        console(sys.stderr).print(statistics(generation.summary))
+            if stopped():
+                break
+    out.print()
+    console(sys.stderr).print(statistics(generation.summary))
+    if stopped():
+        raise KeyboardInterrupt
 
 
 def _standard_input() -> str:

@@ -1,10 +1,12 @@
-"""What the commands for language models have in common: their flags, and the device they open."""
+"""What the commands for language models have in common: their flags, the device they open, how Ctrl-C ends a text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,3 +65,21 @@ def opened(
         if asks and wait_s > 0 and not device.wait_for_server(wait_s):
             typer.echo(f"no server found within {wait_s:g} s: the device writes by itself for now", err=True)
         yield device
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed: the text is left between two tokens. A second one interrupts at once."""
+    pressed = False
+
+    def press(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
