@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from kinflow.text.cache import Cache
+from kinflow.text.cache import FIRST_CAPACITY, Cache
 from kinflow.text.drafter import Array, DeviceModel, Drafter
 from kinflow.text.family import TextFamily
 from kinflow_builder.text.tiny import write_tiny
@@ -74,3 +74,16 @@ def test_nobody_computes_an_exit_that_is_not_asked(model: DeviceModel, monkeypat
     assert runs == []
     assert drafter.logits.any()
     assert runs == [len(PROMPT) + len(MORE)]
+
+
+def test_a_text_outgrows_its_memory(model: DeviceModel) -> None:
+    """Keys and values move into more of it, several times, and stay what they are."""
+    tokens = np.random.default_rng(0).integers(3, 100, 300).tolist()
+    one_by_one = Drafter(model)
+    one_by_one.begin(tokens[:3])
+    grown = [one_by_one.feed(token) for token in tokens[3:]]
+    at_once = Drafter(model).begin(tokens)
+    # Sums in another order are rounded to other ones of 8 bits here and there.
+    error = np.square(np.concatenate(grown) - at_once[3:]).mean() / np.square(at_once).mean()
+    assert error**0.5 < 0.01
+    assert len(grown) > 4 * FIRST_CAPACITY
