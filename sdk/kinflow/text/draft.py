@@ -23,7 +23,7 @@ SMOOTHING = 0.2
 # Drafted while a verdict is under way, where it is likely enough to be of use.
 AHEAD_CHANCE = 0.1
 # What a second of a server's pass is worth, in seconds of waiting: others may need it.
-PASS_PRICE = 0.5
+PASS_PRICE = 0.75
 # Verifications under way at once, however long the way.
 MOST_IN_FLIGHT = 6
 
