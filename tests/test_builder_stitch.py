@@ -193,9 +193,8 @@ def test_servers_keep_their_models_answers(built: tuple[Build, Family]) -> None:
     with torch.no_grad():
         logits = [own.above(own.below(torch.from_numpy(part))) for part in test.batches(family.preprocess)]
     alone = measure.top1(torch.cat(logits).numpy(), test.truth)
-    # Both networks are trained here, on every kind of processor a little otherwise, and 200 pictures are few.
     assert right["edge"] >= right["device"] - 0.02
-    assert right["edge"] >= alone - 0.08
+    assert right["edge"] >= alone - 0.04
     assert 0 < edge.bytes_up.mean() < 1.15 * 400
 
 

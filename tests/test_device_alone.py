@@ -118,7 +118,7 @@ def test_a_killed_server_is_missed_at_once_and_used_again_when_it_is_back(always
                 answers.append(device.infer(IMAGES[len(answers) % len(IMAGES)]))
             killer.join()
             assert max(answer.total_ms for answer in answers) <= 1e3 + LATE_MS
-            assert "edge" in {answer.tier for answer in answers}
+            assert answers[0].tier == "edge"
             for number, answer in enumerate(answers):
                 if answer.tier == "device":
                     assert_local(answer, always_edge, number % len(IMAGES), 1.0)

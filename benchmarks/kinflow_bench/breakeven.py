@@ -26,6 +26,11 @@ class Speeds(NamedTuple):
     whole_s: float
     """A token on the server alone."""
 
+    @property
+    def step_s(self) -> float:
+        """A token that the device drafts."""
+        return self.features_s + self.exit_s
+
 
 class Measured(NamedTuple):
     """One link's outcome."""
@@ -41,7 +46,7 @@ class Measured(NamedTuple):
 
 def drafted_s(speeds: Speeds, acceptance: float, round_trip_s: float, share: float = 1.0) -> float:
     """Seconds per token at best, where the server has `share` of its time for this text."""
-    return speeds.features_s + speeds.exit_s + (1 - acceptance) * (round_trip_s + speeds.pass_s / share)
+    return speeds.step_s + (1 - acceptance) * (round_trip_s + speeds.pass_s / share)
 
 
 def naive_s(speeds: Speeds, round_trip_s: float) -> float:
@@ -51,8 +56,7 @@ def naive_s(speeds: Speeds, round_trip_s: float) -> float:
 
 def needed(speeds: Speeds, round_trip_s: float, share: float = 1.0) -> float:
     """The acceptance from which on drafting is as fast as the server alone; above 1 it never is."""
-    step_s = speeds.features_s + speeds.exit_s
-    return 1 - (speeds.whole_s / share - step_s) / (round_trip_s + speeds.pass_s / share)
+    return 1 - (speeds.whole_s / share - speeds.step_s) / (round_trip_s + speeds.pass_s / share)
 
 
 def figures(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kinflow.errors import BackendError
 from kinflow.text.cache import FIRST_CAPACITY
 from kinflow.text.manifest import TextManifest
-from kinflow.text.segment import Session, first_input
+from kinflow.text.segment import Runner, Session
 
 Array = npt.NDArray[np.float32]
 
@@ -45,17 +45,13 @@ class FusedPast:
         self.length = min(self.length, length)
 
 
-class FusedRunner:
+class FusedRunner(Runner):
     """A trunk segment or a branch, attention fused: one text at a time. For several threads, a text in each."""
 
     def __init__(self, name: str, session: Session, manifest: TextManifest) -> None:
         """Raises BackendError."""
-        self.name = name
-        self._input = first_input(name)
-        self._session = session
-        self._manifest = manifest
-        layers = range(manifest.segments[name].layers)
-        self._names = [f"{kind}.{index}" for index in layers for kind in ("key", "value")]
+        super().__init__(name, session, manifest)
+        self._names = [f"{kind}.{index}" for index in range(self._layers) for kind in ("key", "value")]
         past = {f"{name}.past" for name in self._names}
         session.check({self._input, "last", "total"} | past, ["result", *self._names])
 

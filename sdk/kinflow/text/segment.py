@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kinflow.backends.onnx import open_session
 from kinflow.errors import BackendError, InputError
 from kinflow.text.cache import Cache, stack
-from kinflow.text.manifest import TextManifest
+from kinflow.text.manifest import LOWER, TextManifest
 
 Array = npt.NDArray[np.float32]
 
@@ -69,25 +69,28 @@ class Session:
             raise BackendError(f"{self.path}: {exc}") from exc
 
 
-def first_input(name: str) -> str:
-    """Of a segment's graph."""
-    return "ids" if name == "lower" else "hidden"
+class Runner:
+    """What runners of both forms begin with."""
+
+    def __init__(self, name: str, session: Session, manifest: TextManifest) -> None:
+        self.name = name
+        self._input = "ids" if name == LOWER else "hidden"
+        self._session = session
+        self._manifest = manifest
+        self._layers = manifest.segments[name].layers
 
 
-class SegmentRunner:
+class SegmentRunner(Runner):
     """A trunk segment or a branch, attention apart. For several threads, each with caches of its own."""
 
     def __init__(self, name: str, session: Session, manifest: TextManifest) -> None:
         """Raises BackendError."""
-        self.name = name
-        self._input = first_input(name)
-        self._session = session
-        self._manifest = manifest
+        super().__init__(name, session, manifest)
         session.check({self._input, "past", "positions", "bias"}, ["result", "present"])
 
     def past(self) -> Cache:
         """Of a new session."""
-        return Cache(self._manifest.segments[self.name].layers, self._manifest.kv_heads, self._manifest.head_size)
+        return Cache(self._layers, self._manifest.kv_heads, self._manifest.head_size)
 
     def run(self, tokens: npt.NDArray[Any], caches: Sequence[Cache], counts: Sequence[int] = ()) -> Array:
         """The features of the next positions of each session, whose caches grow by them.
