@@ -164,15 +164,3 @@ def test_ragged_batch_is_one_by_one(tmp_path: Path) -> None:
         alone.append(runner.run(row[None], [cache])[0])
         cache.crop(cache.length - 2)
     np.testing.assert_allclose(runner.run(following, caches), np.stack(alone), atol=1e-4)
-
-
-def test_quantised_blocks_have_scales_of_their_own() -> None:
-    """Every value is its level times its block's scale to half a level; a block of zeros stays one."""
-    matrix = RANDOM.normal(size=(4, 96)).astype(np.float32)
-    matrix[1, :32] = 0
-    matrix[2, 32:64] *= 1000
-    levels, scale = graph.quantised(matrix)
-    restored = (levels * scale).reshape(matrix.shape)
-    assert (np.abs(restored - matrix).reshape(4, 3, 32) <= scale * 0.5001).all()
-    assert not restored[1, :32].any()
-    assert np.abs(levels[2]).max() == 127

@@ -16,12 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kinflow.text.manifest import Precision
 from kinflow_builder.text.attention import CONTRIB, Apart, Attention, Fused, tensor
+from kinflow_builder.text.blocks import BLOCK, eight_bits, four_bits
 from kinflow_builder.text.shape import Bridge, Floats, Shape, Weights
 
 OPSET = 20
 IR_VERSION = 9
-# Values of a matrix' row that have a scale of their own.
-BLOCK = 32
 # onnxruntime's: activations are rounded to 8 bits too, block by block.
 INT8_ARITHMETIC = 4
 
@@ -29,8 +28,9 @@ INT8_ARITHMETIC = 4
 class Writer:
     """Nodes and constants of a graph as it grows. Every method that computes returns the name of what it made.
 
-    With the precision int8 every matrix has 8 bits and a scale for each block of 32 values, and what it is applied to
-    is rounded the same way, token by token: what else is in a batch changes nothing.
+    With the precision int8 every matrix has 8 bits, or 4 where those are enough, and a scale for each block of 32
+    values, and what it is applied to is rounded to 8 bits the same way, token by token: what else is in a batch changes
+    nothing.
     """
 
     def __init__(self, precision: Precision = "float") -> None:
@@ -55,24 +55,36 @@ class Writer:
         """A scalar index: Gather drops its axis."""
         return self.constant(f"at{value}", value, np.int64)
 
-    def linear(self, values: str, name: str, weight: Floats) -> str:
-        """weight [outputs, inputs]"""
+    def linear(self, values: str, name: str, weight: Floats, axes: int = 2) -> str:
+        """weight [outputs, inputs]; `axes`: of `values`, beside the last."""
         if self.precision == "float":
             return self.node("MatMul", [values, self.constant(name, weight.T)])
-        levels, scale = quantised(weight)
-        outputs, inputs = weight.shape
+        packed, width = four_bits(weight), weight.shape[1]
+        if packed is not None:
+            blocks = self.node("Reshape", [values, self.integers(*[0] * axes, width // BLOCK, BLOCK)])
+            sums = self.node("ReduceSum", [blocks, self.integers(-1)], keepdims=0)
+            values = self.node("Concat", [values, sums], axis=-1)
+            return self._product(values, name, packed.levels, packed.scale, width + width // BLOCK, packed.zero)
+        levels, scale = eight_bits(weight)
         # Levels are stored from 0 on; 128 stands for 0.0.
-        stored = self.constant(f"{name}.levels", levels.astype(np.int16) + 128, np.uint8)
-        scales = self.constant(f"{name}.scale", scale[:, :, 0])
-        sizes = {"K": inputs, "N": outputs, "bits": 8, "block_size": BLOCK, "accuracy_level": INT8_ARITHMETIC}
-        return self.node("MatMulNBits", [values, stored, scales], domain=CONTRIB, **sizes)
+        return self._product(values, name, levels.astype(np.int16) + 128, scale[:, :, 0], width)
+
+    def _product(
+        self, values: str, name: str, levels: npt.NDArray[Any], scale: Floats, width: int, zero: Any = None
+    ) -> str:
+        """In 4 bits where there is a `zero`."""
+        inputs = [values, self.constant(f"{name}.levels", levels, np.uint8), self.constant(f"{name}.scale", scale)]
+        if zero is not None:
+            inputs.append(self.constant(f"{name}.zero", zero, np.uint8))
+        sizes = {"K": width, "N": len(scale), "bits": 8 if zero is None else 4, "block_size": BLOCK}
+        return self.node("MatMulNBits", inputs, domain=CONTRIB, accuracy_level=INT8_ARITHMETIC, **sizes)
 
     def rows(self, name: str, table: Floats, ids: str) -> str:
         """Those rows of a table [count, width] that ids name."""
         if self.precision == "float":
             return self.node("Gather", [self.constant(name, table), ids])
         count, width = table.shape
-        levels, scale = quantised(table)
+        levels, scale = eight_bits(table)
         stored = self.constant(f"{name}.levels", levels.reshape(count, width), np.int8)
         chosen = self.node("Cast", [self.node("Gather", [stored, ids])], to=TensorProto.FLOAT)
         blocks = self.node("Reshape", [chosen, self.integers(0, 0, width // BLOCK, BLOCK)])
@@ -105,14 +117,6 @@ class Writer:
         made = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="kinflow")
         onnx.checker.check_model(made)
         return made
-
-
-def quantised(matrix: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """matrix [rows, width] -> levels [rows, blocks, BLOCK] of -127…127 and scale [rows, blocks, 1]."""
-    blocks = matrix.reshape(len(matrix), -1, BLOCK)
-    largest = np.abs(blocks).max(axis=2, keepdims=True)
-    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    return np.rint(blocks / scale).astype(np.int8), scale
 
 
 def stack(
@@ -157,7 +161,7 @@ def stack(
 def head(weight: Floats, precision: Precision = "float") -> onnx.ModelProto:
     """weight [vocabulary, width]"""
     writer = Writer(precision)
-    writer.node("Identity", [writer.linear("hidden", "head", weight)], "logits")
+    writer.node("Identity", [writer.linear("hidden", "head", weight, axes=1)], "logits")
     vocabulary, width = weight.shape
     return writer.model([tensor("hidden", ["rows", width])], [tensor("logits", ["rows", vocabulary])])
 
