@@ -60,7 +60,7 @@ def moment(in_flight: int, unsent: int, fresh: list[float], chance: float, sent:
 @pytest.mark.parametrize(
     ("at", "step"),
     [
-        (moment(0, 3, [0.9, 0.9], 0.95), "draft"),  # sure: a longer verification costs no more passes
+        (moment(0, 3, [0.97, 0.97], 0.98), "draft"),  # sure: a longer verification costs no more passes
         (moment(0, 3, [0.9, 0.9], 0.0), "send"),  # the text ends, or there are enough
         (moment(1, 2, [0.9, 0.9], 0.02), "send"),  # what is known goes up before a guess
         (moment(1, 0, [], 0.5), "draft"),  # nothing to send: go on meanwhile
@@ -84,6 +84,14 @@ def test_cheap_passes_are_taken_sooner() -> None:
     at = moment(1, 1, [0.5], 0.5)
     assert plan(0.02, server_s=0.002).step(at) == "send"
     assert plan(0.02, server_s=0.2).step(at) == "draft"
+
+
+def test_a_pass_is_dearer_while_another_is_under_way() -> None:
+    """The next one would wait for it: drafts go up to an idle server that wait for a busy one's verdict."""
+    alike = plan(0.02, server_s=0.01)
+    assert alike.step(moment(0, 2, [0.8], 0.9)) == "send"
+    assert alike.step(moment(1, 2, [0.8], 0.9)) == "draft"
+    assert alike.step(moment(1, 2, [0.6], 0.8)) == "send"
 
 
 def test_a_doubtful_draft_goes_up_before_the_exit_speaks() -> None:

@@ -87,3 +87,14 @@ def test_a_text_outgrows_its_memory(model: DeviceModel) -> None:
     error = np.square(np.concatenate(grown) - at_once[3:]).mean() / np.square(at_once).mean()
     assert error**0.5 < 0.01
     assert len(grown) > 4 * FIRST_CAPACITY
+
+
+def test_what_is_likely_is_what_the_exit_says(model: DeviceModel) -> None:
+    """The shortlist's tokens have the logits of the whole head, at every length, and are forgotten with it."""
+    drafter = fed(model, MORE, asked=False)
+    for _ in range(3):
+        likely = drafter.likely()
+        assert likely is not None
+        np.testing.assert_allclose(likely.logits, drafter.logits[likely.tokens], atol=0.2)
+        assert likely.best(1.0)[0] in likely.tokens
+        drafter.crop(drafter.length - 1)

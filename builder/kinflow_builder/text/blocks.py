@@ -25,7 +25,7 @@ ROUNDING = 0.01
 
 
 class FourBits(NamedTuple):
-    """matrix [rows, width], and what is left of offsets as columns: in all ceil((width + width / BLOCK) / BLOCK) blocks."""
+    """matrix [rows, width], and behind it what is left of offsets, in blocks too."""
 
     levels: npt.NDArray[np.uint8]
     """[rows, blocks, BLOCK / 2], two in a byte, the first one in its low half."""
@@ -70,9 +70,17 @@ def four_bits(matrix: Floats) -> FourBits | None:
     )
 
 
+def rough(matrix: Floats) -> FourBits:
+    """Any matrix [rows, width], to half a level and without offsets."""
+    levels, scale = _symmetric(matrix, MIDDLE - 1)
+    stored = (levels.reshape(matrix.shape) + MIDDLE).astype(np.uint8)
+    zero = np.full((len(scale), -(-scale.shape[1] // 2)), MIDDLE | MIDDLE << 4, np.uint8)
+    return FourBits(_in_pairs(stored).reshape(len(scale), -1, BLOCK // 2), scale[:, :, 0], zero)
+
+
 def _in_pairs(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """[rows, n] -> [rows, n / 2]"""
-    return levels[:, ::2] | levels[:, 1::2] << 4
+    return np.asarray(levels[:, ::2] | levels[:, 1::2] << 4, np.uint8)
 
 
 def _symmetric(matrix: Floats, most: int) -> tuple[npt.NDArray[np.int8], Floats]:

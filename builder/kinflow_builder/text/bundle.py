@@ -26,6 +26,7 @@ from kinflow_builder.text import graph
 from kinflow_builder.text.cut import EXITS, MEMBERS, ON_DEVICE, Cut, segments
 from kinflow_builder.text.figures import Figures
 from kinflow_builder.text.shape import Branch, Model, Texts
+from kinflow_builder.text.shortlist import Sketch
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
@@ -43,7 +44,12 @@ class About:
 
 
 def write_graphs(
-    folder: Path, model: Model, cut: Cut, branches: dict[str, Branch], done: Callable[[str], None]
+    folder: Path,
+    model: Model,
+    cut: Cut,
+    branches: dict[str, Branch],
+    sketch: Sketch | None,
+    done: Callable[[str], None],
 ) -> dict[str, Segment]:
     """All graphs of a family, into `folder`, as the manifest lists them; `done` gets each file's name."""
     shape = model.shape
@@ -72,7 +78,8 @@ def write_graphs(
             parameters=layers * shape.layer_parameters + others + bridge,
         )
     heads = {
-        precision: save(graph.head(model.head, precision), f"{HEAD}-{precision}.onnx") for precision in precisions(HEAD)
+        precision: save(graph.head(model.head, precision, sketch), f"{HEAD}-{precision}.onnx")
+        for precision in precisions(HEAD)
     }
     listed[HEAD] = Segment("head", "hidden", "logits", 0, heads, shape.head_macs, shape.head_macs)
     return listed

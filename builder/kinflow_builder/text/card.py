@@ -80,8 +80,10 @@ def _exits(figures: Figures, manifest: TextManifest) -> str:
 *Agreement*: at {figures.own_tokens:,} positions of the largest member's own greedy answers to {figures.own_source}, the
 share where an exit chooses the same token. *Perplexity*: over {figures.written_tokens:,} tokens of
 {figures.written_source}. The device's graphs compute with 8 bits, as they ship; as floats its exit agrees on
-{percent(figures.agreement_float)}. MACs leave out attention over the past. A certificate counts tokens that leave at an
-exit and are not the largest member's, as a share of all, surely to 95% as if tokens of one text were independent.
+{percent(figures.agreement_float)}, and the shortlist that it drafts with chooses the same token as its whole head at
+{percent(figures.agreement_shortlist)}. MACs leave out attention over the past. A certificate counts tokens that leave
+at an exit and are not the largest member's, as a share of all, surely to 95% as if tokens of one text were
+independent.
 
 {table(columns, rows)}"""
 

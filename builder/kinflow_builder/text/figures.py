@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -54,6 +54,8 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """By how much coding features as float16 may move a logit."""
     agreement_float: float
     """The device exit's agreement with graphs that compute with floats."""
+    agreement_shortlist: float
+    """Share of positions where the device's shortlist chooses the token that its whole head does."""
     own_tokens: int
     """Positions that agreement was measured on."""
     written_tokens: int
@@ -122,7 +124,18 @@ class Graphs:
 
     def logits(self, exit: str, hidden: Floats) -> Floats:
         """hidden [N,d] -> [N,V]"""
-        return np.asarray(self.heads[exit].run(None, {"hidden": np.ascontiguousarray(hidden)})[0])
+        return self._head(exit, hidden, True)[-1]
+
+    def listed(self, hidden: Floats) -> Ids:
+        """hidden [N,d] -> the tokens [N] that the device's shortlist has best."""
+        tokens, logits = self._head(DEVICE, hidden, False)
+        return np.asarray(np.take_along_axis(tokens, logits.argmax(-1)[:, None], 1)[:, 0])
+
+    def _head(self, exit: str, hidden: Floats, whole: bool) -> list[npt.NDArray[Any]]:
+        given: dict[str, Any] = {"hidden": np.ascontiguousarray(hidden)}
+        if exit == DEVICE and len(self.heads[exit].get_inputs()) == 2:
+            given["all"] = np.array(whole)
+        return list(self.heads[exit].run(None, given))
 
 
 class Choices(NamedTuple):
@@ -174,6 +187,7 @@ def measure(graphs: Graphs, exact: Graphs, samples: Samples, promise: Promise) -
         scales={"s1": _scale(features["lower"]), "s2": _scale(features["upper"])},
         margin_bound=_margin_bound(exact, samples.own[:BATCH]),
         agreement_float=round(float((floats == taught).mean()), 4),
+        agreement_shortlist=round(_agreement_shortlist(graphs, samples), 4),
         own_tokens=len(taught),
         written_tokens=samples.written.size,
         own_source=samples.own_source,
@@ -213,6 +227,11 @@ def _choices(graphs: Graphs, samples: Samples, temperatures: dict[str, float]) -
                 shifted = np.exp(scaled - scaled.max(-1, keepdims=True))
                 confidences[name].append(1 / shifted.sum(-1, dtype=np.float64))
     return {name: Choices(np.concatenate(tokens[name]), np.concatenate(confidences[name])) for name in names}
+
+
+def _agreement_shortlist(graphs: Graphs, samples: Samples) -> float:
+    hidden = graphs.whole(samples.own[:BATCH], (DEVICE,))[DEVICE][samples.chosen[:BATCH]]
+    return float((graphs.listed(hidden) == graphs.logits(DEVICE, hidden).argmax(-1)).mean())
 
 
 def _certificate(

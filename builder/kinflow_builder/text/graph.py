@@ -10,17 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kinflow.text.manifest import Precision
 from kinflow_builder.text.attention import CONTRIB, Apart, Attention, Fused, tensor
-from kinflow_builder.text.blocks import BLOCK, eight_bits, four_bits
+from kinflow_builder.text.blocks import BLOCK, FourBits, eight_bits, four_bits, rough
 from kinflow_builder.text.shape import Bridge, Floats, Shape, Weights
+from kinflow_builder.text.shortlist import TOKENS, Sketch
 
 OPSET = 20
 IR_VERSION = 9
+# Stands for 0.0 among levels of 8 bits.
+ZERO = 128
 # onnxruntime's: activations are rounded to 8 bits too, block by block.
 INT8_ARITHMETIC = 4
 
@@ -55,29 +57,34 @@ class Writer:
         """A scalar index: Gather drops its axis."""
         return self.constant(f"at{value}", value, np.int64)
 
-    def linear(self, values: str, name: str, weight: Floats, axes: int = 2) -> str:
-        """weight [outputs, inputs]; `axes`: of `values`, beside the last."""
+    def linear(self, values: str, name: str, weight: Floats) -> str:
+        """values [B,T,inputs], weight [outputs, inputs]"""
         if self.precision == "float":
             return self.node("MatMul", [values, self.constant(name, weight.T)])
         packed, width = four_bits(weight), weight.shape[1]
-        if packed is not None:
-            blocks = self.node("Reshape", [values, self.integers(*[0] * axes, width // BLOCK, BLOCK)])
-            sums = self.node("ReduceSum", [blocks, self.integers(-1)], keepdims=0)
-            values = self.node("Concat", [values, sums], axis=-1)
-            return self._product(values, name, packed.levels, packed.scale, width + width // BLOCK, packed.zero)
-        levels, scale = eight_bits(weight)
-        # Levels are stored from 0 on; 128 stands for 0.0.
-        return self._product(values, name, levels.astype(np.int16) + 128, scale[:, :, 0], width)
+        if packed is None:
+            return self.in_eight_bits(values, name, weight)
+        blocks = self.node("Reshape", [values, self.integers(0, 0, width // BLOCK, BLOCK)])
+        sums = self.node("ReduceSum", [blocks, self.integers(-1)], keepdims=0)
+        values = self.node("Concat", [values, sums], axis=-1)
+        return self.in_four_bits(values, name, packed, width + width // BLOCK)
 
-    def _product(
-        self, values: str, name: str, levels: npt.NDArray[Any], scale: Floats, width: int, zero: Any = None
-    ) -> str:
-        """In 4 bits where there is a `zero`."""
-        inputs = [values, self.constant(f"{name}.levels", levels, np.uint8), self.constant(f"{name}.scale", scale)]
-        if zero is not None:
-            inputs.append(self.constant(f"{name}.zero", zero, np.uint8))
-        sizes = {"K": width, "N": len(scale), "bits": 8 if zero is None else 4, "block_size": BLOCK}
-        return self.node("MatMulNBits", inputs, domain=CONTRIB, accuracy_level=INT8_ARITHMETIC, **sizes)
+    def in_four_bits(self, values: str, name: str, packed: FourBits, width: int) -> str:
+        """The product with a matrix of so many inputs."""
+        stored = [self.constant(f"{name}.levels", packed.levels, np.uint8)]
+        stored += [self.constant(f"{name}.scale", packed.scale), self.constant(f"{name}.zero", packed.zero, np.uint8)]
+        return self._product(values, stored, bits=4, K=width, N=len(packed.scale))
+
+    def in_eight_bits(self, values: str, name: str, weight: Floats) -> str:
+        levels, scale = eight_bits(weight)
+        # Levels are stored from 0 on.
+        stored = [self.constant(f"{name}.levels", levels.astype(np.int16) + ZERO, np.uint8)]
+        stored += [self.constant(f"{name}.scale", scale[:, :, 0])]
+        return self._product(values, stored, bits=8, K=weight.shape[1], N=len(weight))
+
+    def _product(self, values: str, stored: list[str], **sizes: int) -> str:
+        made: dict[str, Any] = {"block_size": BLOCK, "accuracy_level": INT8_ARITHMETIC, **sizes}
+        return self.node("MatMulNBits", [values, *stored], domain=CONTRIB, **made)
 
     def rows(self, name: str, table: Floats, ids: str) -> str:
         """Those rows of a table [count, width] that ids name."""
@@ -110,6 +117,16 @@ class Writer:
         inputs = [values, self.integers(*sizes)]
         self.nodes.append(helper.make_node("Split", inputs, parts, name=parts[0], axis=axis))
         return parts
+
+    def beside(self) -> Writer:
+        """For a part that may be left out; all parts share their constants."""
+        other = Writer(self.precision)
+        other.constants = self.constants
+        return other
+
+    def part(self, name: str, outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
+        """The nodes so far."""
+        return helper.make_graph(self.nodes, name, [], outputs)
 
     def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, "segment", inputs, outputs, list(self.constants.values()))
@@ -158,12 +175,44 @@ def stack(
     return writer.model([first, *attention.inputs], outputs)
 
 
-def head(weight: Floats, precision: Precision = "float") -> onnx.ModelProto:
-    """weight [vocabulary, width]"""
+def head(weight: Floats, precision: Precision = "float", sketch: Sketch | None = None) -> onnx.ModelProto:
+    """weight [vocabulary, width]; `hidden` [N,d] -> `logits` [N,V].
+
+    With a sketch, an int8 head: `hidden` and `all` (bool, a scalar) -> `tokens` [N,K], int64, and their `logits` [N,K]:
+    all tokens, or for much less work the likeliest, nearly always.
+    """
     writer = Writer(precision)
-    writer.node("Identity", [writer.linear("hidden", "head", weight, axes=1)], "logits")
     vocabulary, width = weight.shape
-    return writer.model([tensor("hidden", ["rows", width])], [tensor("logits", ["rows", vocabulary])])
+    hidden = tensor("hidden", ["rows", width])
+    if precision == "float" or sketch is None:
+        made = writer.in_eight_bits if precision == "int8" else writer.linear
+        writer.node("Identity", [made("hidden", "head", weight)], "logits")
+        return writer.model([hidden], [tensor("logits", ["rows", vocabulary])])
+    outputs = [tensor("tokens", ["rows", "listed"], TensorProto.INT64), tensor("logits", ["rows", "listed"])]
+    every, some = writer.beside(), writer.beside()
+    every.node("Identity", [every.in_eight_bits("hidden", "head", weight)], "logits")
+    every.node("Identity", [every.constant("every", np.arange(vocabulary)[None], np.int64)], "tokens")
+    _shortlist(some, weight, sketch)
+    branches = {"then_branch": every.part("all", outputs), "else_branch": some.part("likely", outputs)}
+    writer.nodes.append(helper.make_node("If", ["all"], ["tokens", "logits"], name="head", **branches))
+    return writer.model([hidden, tensor("all", [], TensorProto.BOOL)], outputs)
+
+
+def _shortlist(writer: Writer, weight: Floats, sketch: Sketch) -> None:
+    """`tokens` and `logits`, from `hidden` and what the head has stored."""
+    vocabulary, width = weight.shape
+    turned = writer.node("MatMul", ["hidden", writer.constant("down", sketch.down.T)])
+    low = writer.node("Sub", [turned, writer.constant("middle", sketch.down @ sketch.centre)])
+    rated = writer.in_four_bits(low, "up", rough(weight @ sketch.up), len(sketch.down))
+    rated = writer.node("Add", [rated, writer.constant("usual", weight @ sketch.centre)])
+    inputs = [rated, writer.integers(min(TOKENS, vocabulary // 4))]
+    writer.nodes.append(helper.make_node("TopK", inputs, ["best", "tokens"], name="tokens", sorted=0))
+    stored = writer.node("Cast", [writer.node("Gather", ["head.levels", "tokens"])], to=TensorProto.FLOAT)
+    levels = writer.node("Sub", [stored, writer.constant("zero", ZERO)])
+    scales = writer.node("Unsqueeze", [writer.node("Gather", ["head.scale", "tokens"]), writer.integers(-1)])
+    rows = writer.node("Reshape", [writer.node("Mul", [levels, scales]), writer.integers(0, 0, width)])
+    product = writer.node("MatMul", [rows, writer.node("Unsqueeze", ["hidden", writer.integers(-1)])])
+    writer.node("Squeeze", [product, writer.integers(-1)], "logits")
 
 
 def _attention(writer: Writer, shape: Shape, index: int, weights: Weights, normed: str, attention: Attention) -> str:

@@ -1,4 +1,4 @@
-"""Trained branches as small files beside the recipe: float16 safetensors, bound to the recipe that made them."""
+"""Branches and the shortlist's sketch, small files beside the recipe: float16 safetensors, bound to what made them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,52 @@ import numpy as np
 from kinflow.errors import InputError, SettingsError
 from kinflow.files import write_whole
 from kinflow_builder.text.shape import LAYER, Branch, Bridge, Floats
+from kinflow_builder.text.shortlist import Sketch
 
 BRANCHES = "branches"
+SHORTLIST = "shortlist"
 NORM, WEIGHT, BIAS = "norm", "bridge.weight", "bridge.bias"
 
 
-def path_of(folder: Path, exit: str) -> Path:
-    """Of a branch of the recipe in `folder`."""
-    return folder / BRANCHES / f"{exit}.safetensors"
+def path_of(folder: Path, name: str) -> Path:
+    """Of an exit's branch, or of the SHORTLIST, of the recipe in `folder`."""
+    return folder / BRANCHES / f"{name}.safetensors"
 
 
 def write(path: Path, branch: Branch, digest: str) -> None:
-    from safetensors.numpy import save
-
     values = {f"{number}.{name}": layer[name] for number, layer in enumerate(branch.layers) for name in LAYER}
     values[NORM] = branch.norm
     if branch.bridge is not None:
         values |= {WEIGHT: branch.bridge.weight, BIAS: branch.bridge.bias}
-    halves = {name: np.ascontiguousarray(value, np.float16) for name, value in values.items()}
-    write_whole(path, save(halves, metadata={"recipe": digest}))
+    _write(path, values, digest)
 
 
 def read(path: Path, digest: str) -> Branch:
     """Raises InputError for a broken file, SettingsError for one of another recipe."""
+    return _branch(path, _read(path, digest))
+
+
+def write_sketch(path: Path, sketch: Sketch, digest: str) -> None:
+    _write(path, vars(sketch), digest)
+
+
+def read_sketch(path: Path, digest: str) -> Sketch:
+    """Raises as `read` does."""
+    values = _read(path, digest)
+    try:
+        return Sketch(**values)
+    except TypeError as exc:
+        raise InputError(f"{path} has {', '.join(sorted(values))}: delete it, then it is made anew") from exc
+
+
+def _write(path: Path, values: dict[str, Floats], digest: str) -> None:
+    from safetensors.numpy import save
+
+    halves = {name: np.ascontiguousarray(value, np.float16) for name, value in values.items()}
+    write_whole(path, save(halves, metadata={"recipe": digest}))
+
+
+def _read(path: Path, digest: str) -> dict[str, Floats]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -42,7 +65,7 @@ def read(path: Path, digest: str) -> Branch:
         raise InputError(f"{path}: {exc}: train it with --train") from exc
     if made_by != digest:
         raise SettingsError(f"{path} was trained by another recipe: train anew with --train")
-    return _branch(path, values)
+    return values
 
 
 def rounded(branch: Branch) -> Branch:
@@ -52,6 +75,11 @@ def rounded(branch: Branch) -> Branch:
     if bridge is not None:
         bridge = Bridge(_half(bridge.weight), _half(bridge.bias))
     return Branch(layers, _half(branch.norm), bridge)
+
+
+def rounded_sketch(sketch: Sketch) -> Sketch:
+    """As it comes back from its file."""
+    return Sketch(_half(sketch.centre), _half(sketch.down), _half(sketch.up))
 
 
 def _half(values: Floats) -> Floats:

@@ -17,6 +17,7 @@ from kinflow_builder.text.bundle import About, write_graphs, write_manifest
 from kinflow_builder.text.cut import Cut
 from kinflow_builder.text.figures import Figures, Graphs, Promise, Samples, greedy, measure
 from kinflow_builder.text.shape import Floats, Model, Shape, Texts, Weights
+from kinflow_builder.text.shortlist import fit
 from kinflow_builder.text.tokenizer import byte_level
 
 SHAPE = Shape(
@@ -46,7 +47,8 @@ def write_tiny(folder: Path, seed: int = 0) -> Figures:
     model = random_model(seed)
     about = About("tiny", "1.0.0", "A random model for tests", "Apache-2.0", SHAPE.context)
     with staged(folder, TextFamily.load) as stage:
-        listed = write_graphs(stage, model, CUT, cuts.untrained(model, CUT), done=lambda _: None)
+        sketch = fit(np.random.default_rng(seed).normal(size=(4096, SHAPE.width)).astype(np.float32), model.head)
+        listed = write_graphs(stage, model, CUT, cuts.untrained(model, CUT), sketch, done=lambda _: None)
         graphs, exact = Graphs(stage, "int8"), Graphs(stage, "float")
         prompts = np.random.default_rng(seed).integers(len(SPECIAL), SHAPE.vocabulary, (16, 8))
         own = greedy(exact, prompts, 64)

@@ -16,20 +16,23 @@ from kinflow_builder.text.bundle import write_graphs
 from kinflow_builder.text.distil import Lesson, Trainer, agreement
 from kinflow_builder.text.figures import Figures, Graphs, Promise, measure
 from kinflow_builder.text.lessons import corpus, lesson
-from kinflow_builder.text.llama import Llama, branch_of, stack_of
+from kinflow_builder.text.llama import Llama, branch_of, stack_of, whole
 from kinflow_builder.text.samples import samples
 from kinflow_builder.text.shape import Branch, Model, Texts
-from kinflow_builder.text.stored import rounded
+from kinflow_builder.text.shortlist import Sketch, fit
+from kinflow_builder.text.stored import rounded, rounded_sketch
 
 if TYPE_CHECKING:
     from kinflow_builder.text.build import TextBuild
 
 # Of the corpus: agreement is logged on them, they are not trained on.
 HELD_OUT = 32
+# Texts that a branch reads together.
+BATCH = 8
 
 
-def trained(build: TextBuild, model: Model, texts: Texts, *, fresh: bool) -> tuple[dict[str, Branch], Figures]:
-    """Branches by exit, rounded as they are stored, and their figures.
+def trained(build: TextBuild, model: Model, texts: Texts, *, fresh: bool) -> dict[str, Branch]:
+    """Branches by exit, rounded as they are stored.
 
     Every finished batch of texts and every epoch is saved in the work folder; the next call goes on from there, with
     the same result as in one go, unless `fresh`.
@@ -50,15 +53,26 @@ def trained(build: TextBuild, model: Model, texts: Texts, *, fresh: bool) -> tup
     for exit, layers in (("device", recipe.cut.device_layers), ("edge", recipe.cut.edge_layers)):
         lessons = lesson(written, splits[exit])
         branches[exit] = rounded(_learn(build, model, exit, splits[exit], layers, lessons, own))
-    return branches, measured(build, model, texts, branches)
+    return branches
 
 
-def measured(build: TextBuild, model: Model, texts: Texts, branches: dict[str, Branch]) -> Figures:
+def sketched(build: TextBuild, model: Model, texts: Texts, branch: Branch) -> Sketch:
+    """For the device's exit, from its hidden values on the corpus' first batch; rounded as it is stored."""
+    recipe = build.recipe
+    first = msgspec.structs.replace(recipe, corpus=msgspec.structs.replace(recipe.corpus, batches=1))
+    (written,) = corpus(first, model, texts, build.work, build.log, (recipe.cut.s1, recipe.cut.s2))
+    stack = stack_of(model.shape, branch)
+    with torch.inference_mode():
+        parts = [whole(stack, features.float())[0] for features in written.features[recipe.cut.s1].split(BATCH)]
+    return rounded_sketch(fit(torch.cat(parts).flatten(0, 1).numpy(), model.head))
+
+
+def measured(build: TextBuild, model: Model, texts: Texts, branches: dict[str, Branch], sketch: Sketch) -> Figures:
     """By the graphs that ship."""
     check = build.recipe.check
     found = samples(build.recipe, model, texts, build.data, build.log)
     with tempfile.TemporaryDirectory() as folder:
-        write_graphs(Path(folder), model, build.recipe.cut, branches, done=lambda _: None)
+        write_graphs(Path(folder), model, build.recipe.cut, branches, sketch, done=lambda _: None)
         threads = build.recipe.training.threads
         graphs, exact = (Graphs(Path(folder), precision, threads) for precision in ("int8", "float"))
         figures = measure(graphs, exact, found, Promise(check.epsilon, check.delta))

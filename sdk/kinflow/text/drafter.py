@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kinflow.errors import FamilyMismatch
 from kinflow.text.family import TextFamily
 from kinflow.text.manifest import LOWER, Precision
-from kinflow.text.segment import HeadRunner, TextSegment
+from kinflow.text.segment import HeadRunner, Interrupt, Likely, TextSegment
 
 Array = npt.NDArray[np.float32]
 
@@ -59,6 +59,8 @@ class Drafter:
         self._features: list[Array] = []
         """[1, tokens, width]: the prompt's, then those of one position each."""
         self._prompt = 0
+        self._normed: Array | None = None
+        """[1, width]: what the branch made of the last position, for the head."""
         self._logits: Array | None = None
 
     @property
@@ -71,21 +73,29 @@ class Drafter:
         self._prompt = len(prompt)
         return self._run(np.array([prompt], np.int64))
 
-    def feed(self, token: int) -> Array:
-        """One more token; its features [1, width]. Raises BackendError."""
-        return self._run(np.array([[token]], np.int64))
+    def feed(self, token: int, interrupt: Interrupt | None = None) -> Array:
+        """One more token; its features [1, width]. Raises BackendError, Interrupted."""
+        return self._run(np.array([[token]], np.int64), interrupt)
 
     @property
     def logits(self) -> Array:
         """[vocabulary], for the position after the last one. Raises BackendError."""
         if self._logits is None:
+            self._logits = self._model.head.run(self._exit())[0]
+        return self._logits
+
+    def likely(self) -> Likely | None:
+        """As HeadRunner.likely, for the position after the last one."""
+        return self._model.head.likely(self._exit())
+
+    def _exit(self) -> Array:
+        if self._normed is None:
             # Where the branch has read the last position before, it reads it again.
             self._branch.crop(self.length - 1 if self.length > self._prompt else 0)
             read = self._branch.length
             unread = self._features[read - self._prompt + 1 if read else 0 :]
-            normed = self._model.branch.run(np.concatenate(unread, 1), [self._branch])
-            self._logits = self._model.head.run(normed[0, -1:])[0]
-        return self._logits
+            self._normed = self._model.branch.run(np.concatenate(unread, 1), [self._branch])[0, -1:]
+        return self._normed
 
     def crop(self, length: int) -> None:
         """Forget positions from `length` on; the prompt stays."""
@@ -94,11 +104,11 @@ class Drafter:
             self._lower.crop(length)
             self._branch.crop(length)
             del self._features[length - self._prompt + 1 :]
-            self._logits = None
+            self._normed = self._logits = None
 
-    def _run(self, ids: npt.NDArray[np.int64]) -> Array:
-        features = self._model.lower.run(ids, [self._lower])
+    def _run(self, ids: npt.NDArray[np.int64], interrupt: Interrupt | None = None) -> Array:
+        features = self._model.lower.run(ids, [self._lower], interrupt=interrupt)
         self._features.append(features)
-        self._logits = None
+        self._normed = self._logits = None
         mine: Array = features[0]
         return mine

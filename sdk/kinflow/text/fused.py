@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kinflow.errors import BackendError
 from kinflow.text.cache import FIRST_CAPACITY
 from kinflow.text.manifest import TextManifest
-from kinflow.text.segment import Runner, Session
+from kinflow.text.segment import Interrupt, Runner, Session
 
 Array = npt.NDArray[np.float32]
 
@@ -59,8 +58,10 @@ class FusedRunner(Runner):
         """Of a new text."""
         return FusedPast(self._names, self._session.session, self._manifest.kv_heads, self._manifest.head_size)
 
-    def run(self, tokens: npt.NDArray[Any], caches: Sequence[FusedPast]) -> Array:
-        """`tokens`: int64 ids [1, tokens], or float32 features [1, tokens, width]. Raises BackendError."""
+    def run(
+        self, tokens: npt.NDArray[Any], caches: Sequence[FusedPast], *, interrupt: Interrupt | None = None
+    ) -> Array:
+        """`tokens`: int64 ids [1, tokens], or float32 features [1, tokens, width]. Raises BackendError, Interrupted."""
         (past,) = caches
         count = tokens.shape[1]
         past.reserve(count)
@@ -71,13 +72,11 @@ class FusedRunner(Runner):
             "last": np.array([total - 1], np.int32),
             "total": np.array([total], np.int32),
         }
-        try:
+        with self._session.failing(interrupt):
             for name, values in given.items():
                 past.binding.bind_cpu_input(name, values)
             past.binding.bind_ortvalue_output("result", shared(result))
-            self._session.session.run_with_iobinding(past.binding)
-        except Exception as exc:
-            raise BackendError(f"{self._session.path}: {exc}") from exc
+            self._session.session.run_with_iobinding(past.binding, interrupt and interrupt.options)
         past.length = total
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from kinflow.text.drafter import Drafter
 from kinflow.text.manifest import Exit
 from kinflow.text.remote import ID_BYTES, Positions, Remote, Sent, forgot, superseded
 from kinflow.text.sampling import Sampling, choose
+from kinflow.text.segment import Interrupt, Interrupted
 from kinflow.text.summary import Mode, Summary, Token
 from kinflow.text.tokenizer import Stream, Tokenizer
 
@@ -84,6 +86,8 @@ class Generation:
         """Positions whose token is certain; the device may not have computed the last one yet."""
         self._next: _Draft | None = None
         """What `_choose` found for the position after the last one computed."""
+        self._interrupt = Interrupt()
+        """Of the draft that the device computes."""
         self._tried: list[str] = []
         """Servers that did not answer this round."""
         self._waited = False
@@ -144,7 +148,10 @@ class Generation:
     def _fill(self, route: Route) -> None:
         """Draft and send, until a verdict is there or nothing is left that is worth it."""
         plan = self._plan(route)
-        while not (self._flight and self._flight[0].future.done()):
+        while True:
+            self._interrupt = Interrupt()
+            if self._flight and self._flight[0].future.done():
+                return
             step = plan.step(self._moment(plan))
             if step == "wait":
                 return
@@ -158,13 +165,30 @@ class Generation:
         sent = self._remote.send(route, self._confirmed, self._flight[-1] if self._flight else None)
         self.summary.drafted += sent.end - sent.confirmed
         self._flight.append(sent)
+        sent.future.add_done_callback(lambda future: self._heard(sent, future))
+
+    def _heard(self, sent: Sent, future: Future[Answered[Verdict]]) -> None:
+        """Not in the text's own thread: what the device computes now may have become needless."""
+        if not (self._flight and self._flight[0] is sent) or future.cancelled() or future.exception() is not None:
+            return
+        ahead = self._drafts[self._stood(future.result().reply, sent) :]
+        if ahead and not self._goes_on(future.result().reply, sent, ahead):
+            self._interrupt.set()
+
+    def _stood(self, verdict: Verdict, sent: Sent) -> int:
+        """Drafts from `_confirmed` on that stood."""
+        return verdict.accepted - (self._confirmed - sent.confirmed)
+
+    def _goes_on(self, verdict: Verdict, sent: Sent, ahead: Sequence[_Draft]) -> bool:
+        """All drafts sent stood, and the server's own token is the one that the device has gone on with."""
+        return sent.confirmed + verdict.accepted == sent.end and bool(ahead) and ahead[0].token == verdict.token
 
     def _confident(self) -> Iterator[Token]:
         """A token that the exit is sure of leaves at once; the servers see it with the next one that it is not."""
         certificate = self._exit.certificate
         confidence = read(self._drafter.logits, self._exit.temperature).confidence
         if certificate is not None and confidence >= certificate.threshold:
-            yield from self._emit_own(self._choose())
+            yield from self._emit_own(self._own())
             return
         route = self._route()
         if isinstance(route, NoRoute):
@@ -194,7 +218,7 @@ class Generation:
             self.summary.degraded, self.summary.reason = True, why.reason
         self._tried = []
         drafts, self._drafts = self._drafts, []
-        for draft in drafts or [self._choose()]:
+        for draft in drafts or [self._own()]:
             yield from self._emit_own(draft)
 
     def _result(self, sent: Sent) -> Answered[Verdict] | None:
@@ -245,26 +269,34 @@ class Generation:
         )
 
     def _draft(self) -> None:
+        """Ends early where a verdict makes it needless."""
         draft = self._choose()
         self._drafts.append(draft)
-        self._add([draft.token])
+        try:
+            self._add([draft.token], interrupt=self._interrupt)
+        except Interrupted:
+            self._drafts.pop()
 
     def _choose(self) -> _Draft:
-        """What the device's exit would say next, and how sure it is of that."""
+        """A draft of what comes next, and how likely it is to stand."""
         if self._next is None:
             start_s = time.perf_counter()
-            logits = self._drafter.logits
-            if self._sampling.temperature == 0:
-                self._next = _Draft(*read(logits, self._exit.temperature))
-            else:
-                self._next = _Draft(*choose(logits, self._sampling, self._drafter.length)[:2])
+            likely = self._drafter.likely() if self._sampling.temperature == 0 else None
+            self._next = self._own() if likely is None else _Draft(*likely.best(self._exit.temperature))
             self._pace.read(time.perf_counter() - start_s)
         return self._next
 
-    def _add(self, tokens: Sequence[int], *, begin: bool = False) -> None:
-        """The device computes these positions."""
+    def _own(self) -> _Draft:
+        """What the device's exit says next, and how sure it is of that."""
+        logits = self._drafter.logits
+        if self._sampling.temperature == 0:
+            return _Draft(*read(logits, self._exit.temperature))
+        return _Draft(*choose(logits, self._sampling, self._drafter.length)[:2])
+
+    def _add(self, tokens: Sequence[int], *, begin: bool = False, interrupt: Interrupt | None = None) -> None:
+        """The device computes these positions. Raises BackendError, Interrupted."""
         start_s = time.perf_counter()
-        features = self._drafter.begin(tokens) if begin else self._drafter.feed(tokens[0])
+        features = self._drafter.begin(tokens) if begin else self._drafter.feed(tokens[0], interrupt)
         self._next = None
         if not begin:
             self._pace.computed(time.perf_counter() - start_s)
@@ -275,12 +307,12 @@ class Generation:
     def _take(self, answered: Answered[Verdict], sent: Sent) -> Iterator[Token]:
         """What a verdict made certain."""
         verdict = answered.reply
-        before = self._confirmed - sent.confirmed
-        stood, ahead = self._drafts[: verdict.accepted - before], self._drafts[verdict.accepted - before :]
+        before, count = self._confirmed - sent.confirmed, self._stood(verdict, sent)
+        stood, ahead = self._drafts[:count], self._drafts[count:]
         for draft in stood:
             self._acceptance.saw(draft.probability, True)
         whole = sent.confirmed + verdict.accepted == sent.end
-        known = whole and bool(ahead) and ahead[0].token == verdict.token
+        known = self._goes_on(verdict, sent, ahead)
         if ahead:
             self._acceptance.saw(ahead[0].probability, known)
         # The server's own token was a draft where a verification that follows has it.
