@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kinflow.address import parse_all
 from kinflow.errors import LinkError
 from kinflow.fleet import Fleet, ServerProcess
@@ -44,7 +46,7 @@ class Extent:
     tokens: int
     """Of each."""
     timed: int
-    """The first so many are timed; 0: none."""
+    """So many of them, evenly spread, are timed; 0: none."""
     sampled: int
     """The first so many are sampled from; 0: none."""
     samples: int
@@ -105,7 +107,9 @@ def run(
             )
         if extent.timed:
             largest = stack.enter_context(Largest(bundle))
-            bench = Timing(device, server, proxy, largest, asked[: extent.timed], extent, layers, steps)
+            # Spread over all: neighbours ask about the same thing.
+            timed = [asked[place] for place in np.linspace(0, len(asked) - 1, extent.timed).astype(int)]
+            bench = Timing(device, server, proxy, largest, timed, extent, layers, steps)
             figures |= bench.run(plot)
     return figures
 
