@@ -95,6 +95,31 @@ assert "torch" not in sys.modules
     assert (folder / "bundle/family.json").read_bytes() == (trained / "bundle/family.json").read_bytes()
 
 
+@pytest.mark.parametrize("missing", ["shortlist.safetensors", "figures.json"])
+def test_what_is_missing_is_made_without_training(trained: Path, model: Path, tmp_path: Path, missing: str) -> None:
+    """Shortlist and figures come anew from the branches that are there, the same as with them."""
+    folder = tmp_path / "family"
+    write_recipe(folder, model)
+    shutil.copytree(trained / "branches", folder / "branches", ignore=shutil.ignore_patterns(missing))
+    build(folder)
+    for name in ("device.safetensors", "figures.json"):
+        assert (folder / "branches" / name).read_bytes() == (trained / "branches" / name).read_bytes()
+    digest = load(folder).digest()
+    old, new = (stored.read_sketch(stored.path_of(where, stored.SHORTLIST), digest) for where in (trained, folder))
+    np.testing.assert_allclose(new.up @ new.down, old.up @ old.down, atol=0.01)
+    assert not list((folder / "work").glob("branch*"))
+
+
+def test_a_broken_shortlist_is_named(trained: Path, model: Path, tmp_path: Path) -> None:
+    """And the way out."""
+    folder = tmp_path / "family"
+    write_recipe(folder, model)
+    shutil.copytree(trained / "branches", folder / "branches")
+    shutil.copy(folder / "branches/edge.safetensors", folder / "branches/shortlist.safetensors")
+    with pytest.raises(InputError, match=r"shortlist\.safetensors.*delete it"):
+        build(folder)
+
+
 def test_interrupted_training_goes_on(trained: Path, model: Path, tmp_path: Path) -> None:
     """Stopped after a batch of texts and one epoch, the next call ends with the very same branch."""
     folder = tmp_path / "family"

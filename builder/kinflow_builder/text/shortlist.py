@@ -48,6 +48,6 @@ def fit(hidden: Floats, head: Floats) -> Sketch:
     # What is the same for all tokens changes no choice.
     rows = head - head.mean(0, dtype=np.float64)
     found, vectors = np.linalg.eigh(root @ (rows.T @ rows) @ root)
-    rank = min(RANK, len(centre) // 2 // BLOCK * BLOCK)
+    rank = max(BLOCK, min(RANK, len(centre) // 2 // BLOCK * BLOCK))
     plane = vectors[:, np.argsort(found)[::-1][:rank]]
     return Sketch(*(np.asarray(part, np.float32) for part in (centre, plane.T @ inverse, root @ plane)))
