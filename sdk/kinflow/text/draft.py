@@ -24,8 +24,8 @@ SMOOTHING = 0.2
 # cost the device a tenth more, 0.3 the other way round.
 AHEAD_CHANCE = 0.2
 # What a second of a server's pass is worth, in seconds of waiting: others may need it. More where one for this text is
-# under way, which the next would wait for. Found by replaying texts of one family over links and servers of several
-# speeds: with one price for both, the same passes take a text up to 15% more time.
+# under way, which the next would wait for, and where others wait. Found by replaying texts of one family over links and
+# servers of several speeds: with one price for both, the same passes take a text up to 15% more time.
 IDLE_PRICE = 0.2
 BUSY_PRICE = 0.5
 # Verifications under way at once, however long the way.
@@ -150,6 +150,8 @@ class Plan:
     """What each position adds: on the server, and on the way up."""
     others_s: float = 0.0
     """What a verification takes from others that wait for the server."""
+    queue_s: float = 0.0
+    """How long one waits for others there, as a rule."""
 
     def more(self, drafted: int, tokens: float, standing: float, chance: float) -> bool:
         """Whether to add a draft.
@@ -193,7 +195,12 @@ class Plan:
 
         Until then one that is wrong stays undiscovered for a step more; a verification of its own costs a pass.
         """
-        return (1 - all_stand) * self.step_s >= (BUSY_PRICE if at.in_flight else IDLE_PRICE) * self.server_s
+        return (1 - all_stand) * self.step_s >= self._price(at) * self.server_s
+
+    def _price(self, at: Moment) -> float:
+        """Of a pass: that of an idle server, or between it and a busy one's."""
+        busy = 1.0 if at.in_flight or self.queue_s >= self.server_s else self.queue_s / self.server_s
+        return IDLE_PRICE + busy * (BUSY_PRICE - IDLE_PRICE)
 
     def _wait_for_more(self, at: Moment, chance: float) -> bool:
         """Whether what is unsent should go up with one more draft."""

@@ -250,6 +250,7 @@ class Generation:
             fixed_s,
             slope_s + size * route.estimate.s_per_byte,
             others_s=OTHERS * fixed_s,
+            queue_s=route.estimate.queue_s,
         )
 
     def _moment(self, plan: Plan) -> Moment:
