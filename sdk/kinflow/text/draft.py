@@ -20,8 +20,8 @@ BINS = 10
 # What is old counts less: texts change their subject.
 FORGETTING = 0.98
 SMOOTHING = 0.2
-# Drafted while a verdict is under way, where it is likely enough to be of use. In a replay 0.1 made a token 1% faster and
-# cost the device a tenth more, 0.3 the other way round.
+# Drafted while a verdict is under way, where it is likely enough to be of use. In a replay 0.1 made a token 1% faster
+# and cost the device a tenth more, 0.3 the other way round.
 AHEAD_CHANCE = 0.2
 # What a second of a server's pass is worth, in seconds of waiting: others may need it. More where one for this text is
 # under way, which the next would wait for, and where others wait. Found by replaying texts of one family over links and
