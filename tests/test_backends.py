@@ -199,7 +199,7 @@ def test_the_tflite_runtime_is_chosen_by_what_works(
     "code",
     [
         "from kinflow.backends.onnx import open_session; open_session(b'', 'a.onnx', 1)",
-        "from kinflow.text.segment import HeadRunner; HeadRunner('head', b'', 'head.onnx', 1)",
+        "from kinflow.text.head import HeadRunner; HeadRunner('head', b'', 'head.onnx', 1)",
     ],
     ids=["images", "text"],
 )

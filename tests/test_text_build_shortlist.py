@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="pip install 'kinflow[builder]'")
 
-from kinflow.text.segment import HeadRunner
+from kinflow.text.head import HeadRunner
 from kinflow_builder.text import graph
 from kinflow_builder.text.shortlist import TOKENS, Sketch, fit
 

@@ -14,8 +14,9 @@ from kinflow.messages import MAX_DRAFTS, Served, Verify
 from kinflow.text.cache import Cache
 from kinflow.text.codec import FeatureCodec
 from kinflow.text.family import TextFamily
+from kinflow.text.head import HeadRunner
 from kinflow.text.manifest import HEAD, IDS, LOWER
-from kinflow.text.segment import HeadRunner, SegmentRunner
+from kinflow.text.segment import SegmentRunner
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from kinflow.errors import FamilyMismatch
 from kinflow.text.family import TextFamily
+from kinflow.text.head import HeadRunner, Likely
 from kinflow.text.manifest import LOWER, Precision
-from kinflow.text.segment import HeadRunner, Interrupt, Likely, TextSegment
+from kinflow.text.segment import Interrupt, TextSegment
 
 Array = npt.NDArray[np.float32]
 

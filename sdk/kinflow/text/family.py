@@ -16,8 +16,9 @@ from kinflow.manifest import File
 from kinflow.signing import MAX_SIGNATURE_BYTES, NO_KEYS, SIGNATURE, TrustedKeys
 from kinflow.text.codec import FeatureCodec, open_codecs
 from kinflow.text.fused import FusedRunner
+from kinflow.text.head import HeadRunner
 from kinflow.text.manifest import HEAD, IDS, TASK, Precision, TextManifest
-from kinflow.text.segment import HeadRunner, SegmentRunner, Session, TextSegment
+from kinflow.text.segment import SegmentRunner, Session, TextSegment
 from kinflow.text.tokenizer import Tokenizer
 
 

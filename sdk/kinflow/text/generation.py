@@ -10,17 +10,16 @@ from math import prod
 from typing import NamedTuple
 
 from kinflow.awaited import Answered
-from kinflow.confidence import read
 from kinflow.errors import InputError, LinkError
 from kinflow.messages import Tier, Verdict
 from kinflow.policy import HEADER_BYTES, NoRoute, Route
 from kinflow.text.codec import FeatureCodec
 from kinflow.text.draft import Acceptance, Moment, Pace, Plan
 from kinflow.text.drafter import Drafter
+from kinflow.text.drafting import Draft, Drafting
 from kinflow.text.manifest import Exit
 from kinflow.text.remote import ID_BYTES, Positions, Remote, Sent, forgot, superseded
-from kinflow.text.sampling import Sampling, choose
-from kinflow.text.segment import Interrupt, Interrupted
+from kinflow.text.sampling import Sampling
 from kinflow.text.summary import Mode, Summary, Token
 from kinflow.text.tokenizer import Stream, Tokenizer
 
@@ -39,11 +38,6 @@ class Limits(NamedTuple):
     context: int
     draft_floor: float
     max_drafts: int
-
-
-class _Draft(NamedTuple):
-    token: int
-    probability: float
 
 
 class Generation:
@@ -67,27 +61,19 @@ class Generation:
         """`codec`: of the features; None where only ids travel. `remote`: NoRoute where nobody is to be asked."""
         self.summary = Summary(mode, len(prompt))
         self._prompt = list(prompt)
-        self._sampling = sampling
         self._limits = limits
-        self._drafter = drafter
-        self._exit = exit_spec
-        self._codec = codec
-        self._positions = positions
+        self._drafting = Drafting(drafter, codec, positions, sampling, exit_spec.temperature, pace)
+        self._certificate = exit_spec.certificate
+        self._token_bytes = ID_BYTES + (codec.token_bytes if codec else 0)
         self._remote = remote
         self._acceptance = acceptance
         self._pace = pace
         self._stop = tokenizer.stop_tokens
         self._stream = Stream(tokenizer)
-        self._drafts: list[_Draft] = []
-        """Of the positions from `_confirmed` on."""
         self._flight: deque[Sent] = deque()
         """Verifications under way, the oldest first. Each begins where the one before it ends."""
         self._confirmed = 0
         """Positions whose token is certain; the device may not have computed the last one yet."""
-        self._next: _Draft | None = None
-        """What `_choose` found for the position after the last one computed."""
-        self._interrupt = Interrupt()
-        """Of the draft that the device computes."""
         self._tried: list[str] = []
         """Servers that did not answer this round."""
         self._waited = False
@@ -103,7 +89,7 @@ class Generation:
             raise InputError("a Generation is iterated over once: generate the text again")
         self._began_s = time.perf_counter()
         try:
-            self._add(self._prompt, begin=True)
+            self._drafting.begin(self._prompt)
             self._confirmed = len(self._prompt)
             while not self.summary.finish:
                 yield from self._confident() if self.summary.mode == "confident" else self._round()
@@ -149,7 +135,7 @@ class Generation:
         """Draft and send, until a verdict is there or nothing is left that is worth it."""
         plan = self._plan(route)
         while True:
-            self._interrupt = Interrupt()
+            self._drafting.heed()
             if self._flight and self._flight[0].future.done():
                 return
             step = plan.step(self._moment(plan))
@@ -158,7 +144,7 @@ class Generation:
             if step == "send":
                 self._send(route)
             else:
-                self._draft()
+                self._drafting.draft()
 
     def _send(self, route: Route) -> None:
         assert isinstance(self._remote, Remote)
@@ -171,24 +157,23 @@ class Generation:
         """Not in the text's own thread: what the device computes now may have become needless."""
         if not (self._flight and self._flight[0] is sent) or future.cancelled() or future.exception() is not None:
             return
-        ahead = self._drafts[self._stood(future.result().reply, sent) :]
+        ahead = self._drafting.drafts[self._stood(future.result().reply, sent) :]
         if ahead and not self._goes_on(future.result().reply, sent, ahead):
-            self._interrupt.set()
+            self._drafting.interrupt()
 
     def _stood(self, verdict: Verdict, sent: Sent) -> int:
         """Drafts from `_confirmed` on that stood."""
         return verdict.accepted - (self._confirmed - sent.confirmed)
 
-    def _goes_on(self, verdict: Verdict, sent: Sent, ahead: Sequence[_Draft]) -> bool:
+    def _goes_on(self, verdict: Verdict, sent: Sent, ahead: Sequence[Draft]) -> bool:
         """All drafts sent stood, and the server's own token is the one that the device has gone on with."""
         return sent.confirmed + verdict.accepted == sent.end and bool(ahead) and ahead[0].token == verdict.token
 
     def _confident(self) -> Iterator[Token]:
         """A token that the exit is sure of leaves at once; the servers see it with the next one that it is not."""
-        certificate = self._exit.certificate
-        confidence = read(self._drafter.logits, self._exit.temperature).confidence
-        if certificate is not None and confidence >= certificate.threshold:
-            yield from self._emit_own(self._own())
+        certificate = self._certificate
+        if certificate is not None and self._drafting.confidence() >= certificate.threshold:
+            yield from self._emit_own(self._drafting.own())
             return
         route = self._route()
         if isinstance(route, NoRoute):
@@ -217,8 +202,8 @@ class Generation:
         if not why.by_choice:
             self.summary.degraded, self.summary.reason = True, why.reason
         self._tried = []
-        drafts, self._drafts = self._drafts, []
-        for draft in drafts or [self._own()]:
+        drafts, self._drafting.drafts = self._drafting.drafts, []
+        for draft in drafts or [self._drafting.own()]:
             yield from self._emit_own(draft)
 
     def _result(self, sent: Sent) -> Answered[Verdict] | None:
@@ -241,67 +226,33 @@ class Generation:
 
     def _plan(self, route: Route) -> Plan:
         fixed_s, slope_s = self._pace.server.fit()
-        size = ID_BYTES + (self._codec.token_bytes if self._codec else 0)
         return Plan(
             self._limits.draft_floor,
             self._limits.max_drafts,
             route.estimate.round_trip_s + route.estimate.queue_s,
             self._pace.step_s,
             fixed_s,
-            slope_s + size * route.estimate.s_per_byte,
+            slope_s + self._token_bytes * route.estimate.s_per_byte,
             others_s=OTHERS * fixed_s,
             queue_s=route.estimate.queue_s,
         )
 
     def _moment(self, plan: Plan) -> Moment:
         assert isinstance(self._remote, Remote)
+        drafts = self._drafting.drafts
         sent_end = self._flight[-1].end if self._flight else self._remote.held
-        chances = [self._acceptance.chance(draft.probability) for draft in self._drafts]
+        chances = [self._acceptance.chance(draft.probability) for draft in drafts]
         old = max(0, sent_end - self._confirmed)
-        ended = bool(self._drafts) and self._drafts[-1].token in self._stop
-        possible = len(self._drafts) + 1 < self._left and not ended and len(self._drafts) < plan.furthest
+        ended = bool(drafts) and drafts[-1].token in self._stop
+        possible = len(drafts) + 1 < self._left and not ended and len(drafts) < plan.furthest
         return Moment(
             in_flight=len(self._flight),
-            unsent=self._drafter.length - sent_end,
+            unsent=self._drafting.length - sent_end,
             drafted=len(chances) - old,
             sent=prod(chances[:old]),
             fresh=chances[old:],
-            chance=lambda: self._acceptance.chance(self._choose().probability) if possible else 0.0,
+            chance=lambda: self._acceptance.chance(self._drafting.choose().probability) if possible else 0.0,
         )
-
-    def _draft(self) -> None:
-        """Ends early where a verdict makes it needless."""
-        draft = self._choose()
-        self._drafts.append(draft)
-        try:
-            self._add([draft.token], interrupt=self._interrupt)
-        except Interrupted:
-            self._drafts.pop()
-
-    def _choose(self) -> _Draft:
-        """A draft of what comes next, and how likely it is to stand."""
-        if self._next is None:
-            start_s = time.perf_counter()
-            likely = self._drafter.likely() if self._sampling.temperature == 0 else None
-            self._next = self._own() if likely is None else _Draft(*likely.best(self._exit.temperature))
-            self._pace.read(time.perf_counter() - start_s)
-        return self._next
-
-    def _own(self) -> _Draft:
-        """What the device's exit says next, and how sure it is of that."""
-        logits = self._drafter.logits
-        if self._sampling.temperature == 0:
-            return _Draft(*read(logits, self._exit.temperature))
-        return _Draft(*choose(logits, self._sampling, self._drafter.length)[:2])
-
-    def _add(self, tokens: Sequence[int], *, begin: bool = False, interrupt: Interrupt | None = None) -> None:
-        """The device computes these positions. Raises BackendError, Interrupted."""
-        start_s = time.perf_counter()
-        features = self._drafter.begin(tokens) if begin else self._drafter.feed(tokens[0], interrupt)
-        self._next = None
-        if not begin:
-            self._pace.computed(time.perf_counter() - start_s)
-        self._positions.add(tokens, self._codec.encode(features) if self._codec else b"")
 
     # Tokens leave
 
@@ -309,7 +260,7 @@ class Generation:
         """What a verdict made certain."""
         verdict = answered.reply
         before, count = self._confirmed - sent.confirmed, self._stood(verdict, sent)
-        stood, ahead = self._drafts[:count], self._drafts[count:]
+        stood, ahead = self._drafting.drafts[:count], self._drafting.drafts[count:]
         for draft in stood:
             self._acceptance.saw(draft.probability, True)
         whole = sent.confirmed + verdict.accepted == sent.end
@@ -323,30 +274,28 @@ class Generation:
         said = [*(draft.token for draft in stood), verdict.token]
         self._confirmed += len(said)
         if known:
-            self._drafts = ahead[1:]
+            self._drafting.drafts = ahead[1:]
         else:
-            self._drafts = []
             self._discard()
-            self._drafter.crop(self._confirmed - 1)
-            self._positions.crop(self._confirmed - 1)
+            self._drafting.fell(self._confirmed - 1)
         for at, token in enumerate(said):
             tier: Tier = "device" if at < len(stood) or was_sent else verdict.tier
             yield from self._emit(token, tier, verdict.probabilities[before + at], verified=True)
         if not known and not self.summary.finish:
-            self._add([verdict.token])
+            self._drafting.add(verdict.token)
 
     def _discard(self) -> None:
         """What follows builds on drafts that fell: the server refuses it, and nobody waits for that."""
         self.summary.bytes_up += sum(sent.payload_bytes + HEADER_BYTES for sent in self._flight)
         self._flight.clear()
 
-    def _emit_own(self, draft: _Draft) -> Iterator[Token]:
+    def _emit_own(self, draft: Draft) -> Iterator[Token]:
         """A token of the device that no server has seen."""
-        fed = self._drafter.length > self._confirmed
+        fed = self._drafting.length > self._confirmed
         self._confirmed += 1
         yield from self._emit(draft.token, "device", draft.probability, verified=False)
         if not fed and not self.summary.finish:
-            self._add([draft.token])
+            self._drafting.add(draft.token)
 
     def _emit(self, token: int, tier: Tier, probability: float, *, verified: bool) -> Iterator[Token]:
         if self.summary.finish:
