@@ -202,9 +202,9 @@ class Generation:
         if not why.by_choice:
             self.summary.degraded, self.summary.reason = True, why.reason
         self._tried = []
-        drafts, self._drafting.drafts = self._drafting.drafts, []
-        for draft in drafts or [self._drafting.own()]:
-            yield from self._emit_own(draft)
+        # Drafts were a shortlist's choice, for a server to decide.
+        self._drafting.fell(self._confirmed)
+        yield from self._emit_own(self._drafting.own())
 
     def _result(self, sent: Sent) -> Answered[Verdict] | None:
         """The verdict, or None: then the round is to be tried again, elsewhere."""
@@ -291,10 +291,9 @@ class Generation:
 
     def _emit_own(self, draft: Draft) -> Iterator[Token]:
         """A token of the device that no server has seen."""
-        fed = self._drafting.length > self._confirmed
         self._confirmed += 1
         yield from self._emit(draft.token, "device", draft.probability, verified=False)
-        if not fed and not self.summary.finish:
+        if not self.summary.finish:
             self._drafting.add(draft.token)
 
     def _emit(self, token: int, tier: Tier, probability: float, *, verified: bool) -> Iterator[Token]:
