@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kinflow.settings import DeviceSettings
+from kinflow.text.device import TextDevice
+from kinflow.text.family import TextFamily
 from kinflow.text.summary import Summary
 from kinflow_bench import breakeven
 from kinflow_bench.breakeven import Measured, Speeds
+from kinflow_bench.confident import confident
 from kinflow_bench.generate import costs
-from kinflow_bench.identity import first_difference, p_value
+from kinflow_bench.identity import References, first_difference, generate, p_value
+from kinflow_bench.progress import progress
 from kinflow_bench.shelf import Shelf
 from kinflow_builder.text.tiny import write_tiny
 
@@ -70,6 +75,30 @@ def test_costs_tell_refused_drafts_from_superseded_ones() -> None:
     assert found["acceptance_decided"] == 5 / 6
 
 
+def test_disagreement_is_of_tokens_that_left_early(tmp_path: Path) -> None:
+    """A device that is sure of everything: all its tokens leave, and those count that the largest would not say."""
+    write_tiny(tmp_path)
+    manifest = json.loads((tmp_path / "family.json").read_text())
+    manifest["exits"]["device"]["certificate"]["threshold"] = 0.0
+    (tmp_path / "family.json").write_text(json.dumps(manifest))
+    references = References(TextFamily.load(tmp_path))
+    asked = [[5, 6, 7], [100, 101]]
+    with TextDevice.open(tmp_path, DeviceSettings(offload=False)) as device:
+        said = {tuple(prompt): [token.id for token in generate(device, prompt, 16, "confident")[0]] for prompt in asked}
+        with progress("texts", 2, quiet=True) as steps:
+            figures, summaries = confident(device, references, asked, 16, Shelf(None), 1, steps)
+    largest = references.by_mode["exact"]
+    texts = [(list(prompt), text) for prompt, text in said.items()]
+    theirs = [int(largest.logits([*prompt, *text[:at]]).argmax()) for prompt, text in texts for at in range(len(text))]
+    mine = [token for _, text in texts for token in text]
+    wrong = sum(ours != other for ours, other in zip(mine, theirs, strict=True))
+    assert 0 < wrong < len(mine)
+    assert figures["unverified_share"] == 1
+    assert figures["disagreement"] == wrong / len(mine)
+    assert figures["certified"]["epsilon"] == 0.05
+    assert [summary.verifications for summary in summaries] == [0, 0]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_for_terminals(tmp_path: Path, terminal: bool) -> None:
     """With --json the whole benchmark says nothing on a pipe, on a terminal how far it is; texts are as promised."""
@@ -85,10 +114,12 @@ def test_progress_is_for_terminals(tmp_path: Path, terminal: bool) -> None:
     assert process.returncode == 0
     assert (figures["identical"], figures["identical_family"]) == (2, 2)
     assert figures["layer_tokens_ratio"] > 0
+    early = figures["confident"]
+    assert 0 <= early["disagreement"] <= early["unverified_share"] <= 1
+    assert figures["links"]["5 ms"]["cloud_only_over_confident"] > 0
     if terminal:
-        assert (
-            "44/44" in shown
-        )  # 2 texts, 20 samples in each mode, one timed text at full and at a quarter of the speed
+        # 2 texts compared and 2 `confident`, 20 samples in each mode, one timed text at full and at a quarter of speed
+        assert "46/46" in shown
     else:
         assert shown == ""
 

@@ -23,6 +23,7 @@ from kinflow.text.remote import Way
 from kinflow.text.sampling import GREEDY
 from kinflow.text.summary import Mode, Summary
 from kinflow_bench import breakeven
+from kinflow_bench.confident import confident
 from kinflow_bench.identity import References, compare, distribution, generate
 from kinflow_bench.progress import Steps
 from kinflow_bench.prompts import prompts
@@ -57,8 +58,8 @@ class Extent:
 
     @property
     def steps(self) -> int:
-        """Of the progress bar: texts, samples, and timed texts over each link."""
-        return self.prompts + 2 * self.sampled * self.samples + 2 * self.timed * len(self.round_trips_ms)
+        """Of the progress bar: texts, compared and `confident`, samples, and timed texts over each link."""
+        return 2 * self.prompts + 2 * self.sampled * self.samples + 2 * self.timed * len(self.round_trips_ms)
 
 
 class ByFeatures(TextDevice):
@@ -100,6 +101,10 @@ def run(
         }
         layers = family.manifest.layers
         figures |= costs(summaries["family"], layers) | {"exact": costs(summaries["exact"], layers)}
+        certain, early = confident(
+            device, references, asked[: extent.prompts], extent.tokens, shelf, extent.parallel, steps
+        )
+        figures["confident"] = certain | costs(early, layers)
         if extent.sampled:
             sampled = asked[: extent.sampled]
             figures["distribution"] = distribution(
@@ -166,6 +171,7 @@ class Row(NamedTuple):
     """One text, each way; seconds per token after the first one."""
 
     family: float
+    confident: float
     cloud_only: float
     naive: float | None
     cost: Summary
@@ -228,17 +234,21 @@ class Timing:
         tokens = self.extent.tokens
         _, summary = generate(self.device, prompt, tokens, "family")
         one_by_one = _per_token(generate(self.device, prompt, tokens, "family", 0)[1]) if naive else None
+        early = _per_token(generate(self.device, prompt, tokens, "confident")[1])
         text = self.largest.decode(prompt, tokens)
         self.steps.advance()
         # Its tokens stream: the way adds to the first one alone.
-        return Row(_per_token(summary), text.seconds / max(1, len(text.tokens) - 1), one_by_one, summary)
+        alone = text.seconds / max(1, len(text.tokens) - 1)
+        return Row(_per_token(summary), early, alone, one_by_one, summary)
 
     def _figures(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Medians, of seconds and of each text's own ratios."""
         found: dict[str, Any] = {
             "family": statistics.median(row.family for row in rows),
+            "confident": statistics.median(row.confident for row in rows),
             "cloud_only": statistics.median(row.cloud_only for row in rows),
             "cloud_only_over_family": statistics.median(row.cloud_only / row.family for row in rows),
+            "cloud_only_over_confident": statistics.median(row.cloud_only / row.confident for row in rows),
         }
         naive = [(row.naive, row.naive / row.family) for row in rows if row.naive is not None]
         if naive:

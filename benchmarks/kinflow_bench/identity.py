@@ -15,7 +15,7 @@ from kinflow.text.device import TextDevice
 from kinflow.text.family import TextFamily
 from kinflow.text.manifest import LOWER
 from kinflow.text.sampling import GREEDY
-from kinflow.text.summary import Summary
+from kinflow.text.summary import Summary, Token
 from kinflow_bench.progress import Steps
 from kinflow_bench.reference import Reference
 from kinflow_bench.shelf import Shelf
@@ -93,7 +93,7 @@ def _one(
 
     def generated() -> dict[str, Any]:
         said, summary = generate(device, prompt, tokens, mode)
-        return {"tokens": said, "summary": msgspec.to_builtins(summary)}
+        return {"tokens": [token.id for token in said], "summary": msgspec.to_builtins(summary)}
 
     reference = shelf.get(["reference", *about], plain)
     mine = shelf.get(["generated", *about], generated)
@@ -105,11 +105,11 @@ def _one(
 
 def generate(
     device: TextDevice, prompt: list[int], tokens: int, mode: Any, max_drafts: int | None = None, **sampling: Any
-) -> tuple[list[int], Summary]:
+) -> tuple[list[Token], Summary]:
     """A text that is all that its mode promises. Raises LinkError where no try gives one."""
     for _ in range(TRIES):
         generation = device.continue_from(prompt, max_tokens=tokens, mode=mode, max_drafts=max_drafts, **sampling)
-        said = [token.id for token in generation]
+        said = list(generation)
         if not generation.summary.degraded:
             return said, generation.summary
     raise LinkError(f"a text is degraded: {generation.summary.reason}")
@@ -146,7 +146,7 @@ def distribution(
             def sample(seed: int, prompt: list[int] = prompt, mode: Promise = mode) -> int:
                 def token() -> int:
                     said, _ = generate(device, prompt, 2, mode, temperature=TEMPERATURE, seed=seed)
-                    return said[0] if said else -1
+                    return said[0].id if said else -1
 
                 return int(shelf.get(["sample", references.family, prompt, mode, TEMPERATURE, seed], token))
 

@@ -65,12 +65,23 @@ class Reference:
             logits = self._logits([token], caches)
         return logits
 
+    def choices(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
+        """Its own greedy token at each position of `text`, after `prompt` and what `text` has before it."""
+        hidden: npt.NDArray[Any] = np.array([[*prompt, *text]], np.int64)
+        for segment in self._segments:
+            hidden = self._coded(segment.name, segment.run(hidden, [segment.past()]))
+        return list(map(int, self._head.run(hidden[0, len(prompt) - 1 : -1]).argmax(-1)))
+
     def _logits(self, tokens: Sequence[int], caches: Sequence[Any]) -> Array:
         """For the position after the last of `tokens`."""
         hidden: npt.NDArray[Any] = np.array([tokens], np.int64)
         for segment, cache in zip(self._segments, caches, strict=True):
-            hidden = segment.run(hidden, [cache])
-            if segment.name == LOWER and self._codec is not None:
-                hidden = self._codec.decode(self._codec.encode(hidden[0]), len(tokens))[None]
+            hidden = self._coded(segment.name, segment.run(hidden, [cache]))
         last: Array = self._head.run(hidden[0, -1:])[0]
         return last
+
+    def _coded(self, segment: str, hidden: Array) -> Array:
+        """What `segment` made of one text, as it is for the next one."""
+        if segment != LOWER or self._codec is None:
+            return hidden
+        return self._codec.decode(self._codec.encode(hidden[0]), hidden.shape[1])[None]

@@ -47,7 +47,6 @@ def _source(recipe: TextRecipe) -> str:
 def _exits(figures: Figures, manifest: TextManifest) -> str:
     rows = []
     whole = _macs(manifest, list(EXITS)[-1])
-    full = figures.exits[list(EXITS)[-1]].perplexity
     for name, exit in figures.exits.items():
         certificate = "keeps nothing early"
         if exit.certificate is not None:
@@ -60,7 +59,7 @@ def _exits(figures: Figures, manifest: TextManifest) -> str:
                 name,
                 percent(exit.agreement),
                 f"{exit.perplexity:.2f}",
-                f"{exit.perplexity / full:.2f}",
+                f"{exit.perplexity / figures.perplexity_float:.3f}",
                 f"{_macs(manifest, name) / 1e6:.0f}",
                 percent(_macs(manifest, name) / whole),
                 certificate,
@@ -70,7 +69,7 @@ def _exits(figures: Figures, manifest: TextManifest) -> str:
         "exit",
         "agreement",
         "perplexity",
-        "of the largest's",
+        "of the largest's alone",
         "million MACs per token",
         "share of the largest's",
         "tokens certified to leave",
@@ -79,10 +78,11 @@ def _exits(figures: Figures, manifest: TextManifest) -> str:
 
 *Agreement*: at {figures.own_tokens:,} positions of the largest member's own greedy answers to {figures.own_source}, the
 share where an exit chooses the same token. *Perplexity*: over {figures.written_tokens:,} tokens of
-{figures.written_source}. The device's graphs compute with 8 bits, as they ship; as floats its exit agrees on
-{percent(figures.agreement_float)}, and the shortlist that it drafts with chooses the same token as its whole head at
-{percent(figures.agreement_shortlist)}. MACs leave out attention over the past. A certificate counts tokens that leave
-at an exit and are not the largest member's, as a share of all, surely to 95% as if tokens of one text were
+{figures.written_source}; the largest member alone, in floats, has {figures.perplexity_float:.2f}. Exits are measured as
+they serve: the device's graphs compute with 8 bits, servers on features coded as `int8`. As floats the device's exit
+agrees on {percent(figures.agreement_float)}, and the shortlist that it drafts with chooses the same token as its whole
+head at {percent(figures.agreement_shortlist)}. MACs leave out attention over the past. A certificate counts tokens that
+leave at an exit and are not the largest member's, as a share of all, surely to 95% as if tokens of one text were
 independent.
 
 {table(columns, rows)}"""

@@ -1,6 +1,7 @@
 """What is measured of a text family, by its own graphs: agreement, perplexity, confidence, size of features.
 
-The largest member is the reference; the device's segments run at the precision that ships.
+The largest member alone, in floats, is the reference; members are measured as they serve: the device's segments at the
+precision that ships, servers on features as they are coded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kinflow.errors import InputError
+from kinflow.text.codec import Int8Codec
 from kinflow.text.manifest import Certificate, Precision
 from kinflow_builder.calibrate import certify, temperature
 from kinflow_builder.text.chain import Floats, Ids, Part, open_graph
@@ -22,6 +24,8 @@ from kinflow_builder.text.cut import EXITS
 Number = TypeVar("Number", bound=np.generic)
 
 DEVICE, LAST = "device", "cloud"
+SENT_TO = {"s1": "upper", "s2": "top"}
+"""The segments that get a split's features over a network."""
 BATCH = 8
 # Logits of so many positions are looked at together.
 ROWS = 256
@@ -52,6 +56,8 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Root mean square of each channel of the features, by split."""
     margin_bound: float
     """By how much coding features as float16 may move a logit."""
+    perplexity_float: float
+    """Of the largest member alone, in floats."""
     agreement_float: float
     """The device exit's agreement with graphs that compute with floats."""
     agreement_shortlist: float
@@ -99,23 +105,36 @@ class Graphs:
             name: Part(open_graph(path(name, device if name in on_device else "float"), threads)) for name in names
         }
         self.heads = {name: open_graph(path("head", device if name == DEVICE else "float"), threads) for name in EXITS}
+        self._codecs: dict[str, Int8Codec] = {}
 
     def forget(self) -> None:
         """The next texts begin anew."""
         for part in self.parts.values():
             part.forget()
 
+    def code(self, scales: dict[str, list[float]]) -> None:
+        """From here on servers get features coded, as a bundle with these `scales` of its splits does it."""
+        self._codecs = {SENT_TO[split]: Int8Codec(np.array(scale, np.float32)) for split, scale in scales.items()}
+
     def run(self, ids: Ids, exits: tuple[str, ...] = tuple(EXITS)) -> dict[str, Floats]:
         """The next tokens [B,T] -> normed hidden values by exit, and the features by segment."""
         found: dict[str, Floats] = {}
         for name in exits:
-            values: npt.NDArray[np.generic] = ids
+            values: npt.NDArray[Any] = ids
             for segment in EXITS[name]:
                 if segment not in found:
-                    found[segment] = self.parts[segment].run(values)
+                    found[segment] = self.parts[segment].run(self._received(segment, values))
                 values = found[segment]
             found[name] = found[EXITS[name][-1]]
         return found
+
+    def _received(self, segment: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What `segment` gets of these ids or features."""
+        codec = self._codecs.get(segment)
+        if codec is None:
+            return values
+        rows = values.reshape(-1, values.shape[-1])
+        return codec.decode(codec.encode(rows), len(rows)).reshape(values.shape)
 
     def whole(self, ids: Ids, exits: tuple[str, ...] = tuple(EXITS)) -> dict[str, Floats]:
         """`run` for texts from their beginning."""
@@ -161,12 +180,15 @@ def measure(graphs: Graphs, exact: Graphs, samples: Samples, promise: Promise) -
     cut = max(1, int(FITTING_SHARE * len(samples.own)))
     if not (samples.chosen[:cut, 1:].any() and samples.chosen[cut:, 1:].any()):
         raise InputError("the texts end before an answer begins: give the recipe more check.tokens or check.texts")
+    features = graphs.whole(samples.own[:BATCH], (LAST,))
+    scales = {"s1": _scale(features["lower"]), "s2": _scale(features["upper"])}
+    graphs.code(scales)
     temperatures = _temperatures(graphs, samples.own[:cut], samples.chosen[:cut])
     found = _choices(graphs, samples, temperatures)
     taught = samples.own[:, 1:][samples.chosen[:, 1:]]
     # Neighbours are alike: some texts fit, others certify.
     fitted = int(samples.chosen[:cut, 1:].sum())
-    perplexities = _perplexities(graphs, samples.written)
+    perplexities = _perplexities(graphs, samples.written, tuple(EXITS))
     exits = {}
     for name in EXITS:
         choice = found[name]
@@ -181,11 +203,11 @@ def measure(graphs: Graphs, exact: Graphs, samples: Samples, promise: Promise) -
             certificate=certificate,
         )
     floats = _choices(exact, samples, {DEVICE: 1.0})[DEVICE].token
-    features = graphs.whole(samples.own[:BATCH], (LAST,))
     return Figures(
         exits=exits,
-        scales={"s1": _scale(features["lower"]), "s2": _scale(features["upper"])},
+        scales=scales,
         margin_bound=_margin_bound(exact, samples.own[:BATCH]),
+        perplexity_float=round(_perplexities(exact, samples.written, (LAST,))[LAST], 3),
         agreement_float=round(float((floats == taught).mean()), 4),
         agreement_shortlist=round(_agreement_shortlist(graphs, samples), 4),
         own_tokens=len(taught),
@@ -243,12 +265,12 @@ def _certificate(
     return Certificate(found.threshold, promise.epsilon, promise.delta, found.n, round(found.kept_share, 4))
 
 
-def _perplexities(graphs: Graphs, written: Ids) -> dict[str, float]:
-    total = dict.fromkeys(EXITS, 0.0)
+def _perplexities(graphs: Graphs, written: Ids, exits: tuple[str, ...]) -> dict[str, float]:
+    total = dict.fromkeys(exits, 0.0)
     for ids in _batches(written):
-        hidden = graphs.whole(ids)
+        hidden = graphs.whole(ids, exits)
         targets = ids[:, 1:].ravel()
-        for name in EXITS:
+        for name in exits:
             rows = hidden[name][:, :-1].reshape(len(targets), -1)
             for begin in range(0, len(rows), ROWS):
                 part = slice(begin, begin + ROWS)

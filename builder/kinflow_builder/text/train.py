@@ -77,7 +77,9 @@ def measured(build: TextBuild, model: Model, texts: Texts, branches: dict[str, B
         graphs, exact = (Graphs(Path(folder), precision, threads) for precision in ("int8", "float"))
         figures = measure(graphs, exact, found, Promise(check.epsilon, check.delta))
     for exit, values in figures.exits.items():
-        build.log.line(f"exit {exit}: agreement {values.agreement:.1%}, perplexity {values.perplexity:.2f}")
+        times = values.perplexity / figures.perplexity_float
+        perplexity = f"perplexity {values.perplexity:.2f}, {times:.3f} of the largest's"
+        build.log.line(f"exit {exit}: agreement {values.agreement:.1%}, {perplexity}")
     place = (
         "a CUDA device"
         if torch.cuda.is_available()
