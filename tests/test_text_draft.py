@@ -92,7 +92,7 @@ def test_a_pass_is_dearer_while_another_is_under_way() -> None:
     assert alike.step(moment(0, 2, [0.8], 0.9)) == "send"
     assert alike.step(moment(1, 2, [0.8], 0.9)) == "draft"
     assert alike.step(moment(1, 2, [0.6], 0.8)) == "send"
-    crowded = dataclasses.replace(alike, queue_s=0.01)
+    crowded = dataclasses.replace(alike, queue_s=0.005)  # half a pass: it is never idle
     assert crowded.step(moment(0, 2, [0.8], 0.9)) == "draft"
     assert dataclasses.replace(alike, queue_s=0.001).step(moment(0, 2, [0.8], 0.9)) == "send"
 

@@ -198,8 +198,11 @@ class Plan:
         return (1 - all_stand) * self.step_s >= self._price(at) * self.server_s
 
     def _price(self, at: Moment) -> float:
-        """Of a pass: that of an idle server, or between it and a busy one's."""
-        busy = 1.0 if at.in_flight or self.queue_s >= self.server_s else self.queue_s / self.server_s
+        """Of a pass: that of an idle server, or between it and a busy one's.
+
+        Whoever comes at any time to one that is always at work waits half a pass.
+        """
+        busy = 1.0 if at.in_flight or 2 * self.queue_s >= self.server_s else 2 * self.queue_s / self.server_s
         return IDLE_PRICE + busy * (BUSY_PRICE - IDLE_PRICE)
 
     def _wait_for_more(self, at: Moment, chance: float) -> bool:
