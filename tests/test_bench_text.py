@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from brokers import wait_until
 from kinflow.settings import DeviceSettings
 from kinflow.text.device import TextDevice
 from kinflow.text.family import TextFamily
@@ -23,6 +24,7 @@ from kinflow_bench.generate import costs
 from kinflow_bench.identity import References, first_difference, generate, p_value
 from kinflow_bench.progress import progress
 from kinflow_bench.shelf import Shelf
+from kinflow_bench.throttle import Throttle
 from kinflow_builder.text.tiny import write_tiny
 
 SHORT = "--prompts 2 --tokens 8 --timed 1 --sampled 1 --samples 20 --round-trip 5 --json"
@@ -130,3 +132,34 @@ def _read(descriptor: int) -> bytes:
         return os.read(descriptor, 65536)
     except OSError:
         return b""
+
+
+def test_nobody_stays_stopped() -> None:
+    """A throttled process goes on when its throttle ends, also by the death of the benchmark."""
+    script = """
+import os, sys, time
+from kinflow_bench.throttle import Throttle
+with Throttle(int(sys.argv[1]), 0.01):
+    print("stopping", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen(["sleep", "60"]) as throttled:
+        try:
+            with Throttle(throttled.pid, 0.01):
+                wait_until(lambda: _state(throttled.pid) == "T")
+            assert _state(throttled.pid) == "S"
+            command = [sys.executable, "-c", script, str(throttled.pid)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as benchmark:
+                assert benchmark.stdout is not None
+                assert benchmark.stdout.readline()
+                wait_until(lambda: _state(throttled.pid) == "T")
+                benchmark.kill()
+            throttled.terminate()
+            throttled.wait(10)
+        finally:
+            throttled.kill()
+
+
+def _state(pid: int) -> str:
+    """One letter: T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -278,7 +278,10 @@ def test_prompts_and_text_of_people_are_measured(trained: Path, model: Path, tmp
     weights, texts = read(model)
     log = BuildLog(tmp_path / "log")
     found = samples(load(trained), weights, texts, tmp_path, log)
-    assert (len(found.own), found.own_source) == (2, "questions that people wrote")
+    assert found.own_source == "questions that people wrote, and the model's own"
+    assert len(found.own) == load(trained).check.texts
+    asked = [tokenizer_of(texts).decode(row) for row in found.own]
+    assert ["Why?" in text or "How much?" in text for text in asked[:5]] == [True, False, True, False, False]
     assert found.written.shape == (1, 256)
     tokenizer = tokenizer_of(texts)
     assert "".join(tokenizer.decode(row) for row in found.written).startswith("It was a dark night.")

@@ -91,10 +91,10 @@ def test_a_pass_is_dearer_while_another_is_under_way() -> None:
     alike = plan(0.02, server_s=0.01)
     assert alike.step(moment(0, 2, [0.8], 0.9)) == "send"
     assert alike.step(moment(1, 2, [0.8], 0.9)) == "draft"
-    assert alike.step(moment(1, 2, [0.6], 0.8)) == "send"
+    assert alike.step(moment(1, 2, [0.5], 0.8)) == "send"
     crowded = dataclasses.replace(alike, queue_s=0.005)  # half a pass: it is never idle
     assert crowded.step(moment(0, 2, [0.8], 0.9)) == "draft"
-    assert dataclasses.replace(alike, queue_s=0.001).step(moment(0, 2, [0.8], 0.9)) == "send"
+    assert dataclasses.replace(alike, queue_s=0.0001).step(moment(0, 2, [0.8], 0.9)) == "send"
 
 
 def test_a_doubtful_draft_goes_up_before_the_exit_speaks() -> None:

@@ -79,7 +79,10 @@ def _parts(
 
     if anew:
         branches = trained(build, model, texts, fresh=fresh)
-    sketch = sketched(build, model, texts, branches["device"])
+    if anew or not shortlist.is_file():
+        sketch = sketched(build, model, texts, branches["device"])
+    else:
+        sketch = stored.read_sketch(shortlist, digest)
     figures = measured(build, model, texts, branches, sketch)
     for exit, branch in branches.items():
         stored.write(stored.path_of(folder, exit), branch, digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,18 @@ UNSEEN = 1_000_000
 
 
 def samples(recipe: TextRecipe, model: Model, texts: Texts, data: Path | None, log: BuildLog) -> Samples:
-    """Prompts are the field `question` in the *.jsonl of `data`, text is in its *.txt. What lacks the model invents.
+    """Half of the prompts are the field `question` in the *.jsonl of `data`, text is in its *.txt. The rest it invents.
 
     Raises InputError for a file that cannot be read.
     """
     tokenizer, spec = tokenizer_of(texts), recipe.check
-    asked = list(_prompts(tokenizer, data, spec.texts))
+    asked = list(_prompts(tokenizer, data, (spec.texts + 1) // 2))
+    own = _own(tokenizer, recipe, spec.texts - len(asked))
+    # In turn: figures come of one part of the texts and are certified with another.
+    speaking = [who for pair in zip_longest(asked, own) for who in pair if who is not None]
     llama = Llama(model)
     with log.progress("greedy texts", spec.tokens) as bar:
-        made = converse(llama, asked or _own(tokenizer, recipe), spec.tokens, [], UNSEEN, bar.advance)
+        made = converse(llama, speaking, spec.tokens, [], UNSEEN, bar.advance)
     written = _written(tokenizer, data, spec.written_tokens)
     if written is None:
         count = max(1, spec.written_tokens // spec.tokens)
@@ -45,16 +49,16 @@ def samples(recipe: TextRecipe, model: Model, texts: Texts, data: Path | None, l
         own=made.ids.numpy().astype(np.int64),
         chosen=made.own.numpy(),
         written=written,
-        own_source="questions that people wrote" if asked else "the model's own questions",
+        own_source="questions that people wrote, and the model's own" if asked else "the model's own questions",
         written_source="text that people wrote" if _files(data, "txt") else "free texts of the model",
     )
 
 
-def _own(tokenizer: Tokenizer, recipe: TextRecipe) -> list[Speaker]:
+def _own(tokenizer: Tokenizer, recipe: TextRecipe, count: int) -> list[Speaker]:
     """Conversations as in the corpus, all with greedy answers."""
     framed = frame(tokenizer)
     chosen = speakers(tokenizer, recipe.corpus, UNSEEN, recipe.training.seed)
-    return [Speaker(who.forced, framed, 0.0) for who in chosen if who.frame is not None][: recipe.check.texts]
+    return [Speaker(who.forced, framed, 0.0) for who in chosen if who.frame is not None][:count]
 
 
 def _prompts(tokenizer: Tokenizer, data: Path | None, count: int) -> Iterator[Speaker]:
