@@ -137,7 +137,8 @@ def test_a_killed_cloud_costs_the_text_its_exit_and_no_more(tiny: Path, family: 
         assert all((verdict.tier, verdict.exit, verdict.degraded) == ("edge", "edge", True) for verdict in after[1:])
         assert after[-1].reason
         known = len(PROMPT) + sum(verdict.accepted + 1 for verdict in writer.verdicts[: came + 1])
-        rest = plain(family, writer.tokens[:known], 20, exit="edge", codecs={"s1": "int8"})
+        said = writer.tokens[len(PROMPT) : known]
+        rest = plain(family, PROMPT, 20, known=said, exit="edge", codecs={"s1": "int8"})
         assert writer.tokens[known : known + 20] == rest
 
 
@@ -178,7 +179,7 @@ def test_a_cloud_that_comes_back_is_brought_up_to_date(tiny: Path, family: TextF
             wait_until(lambda: not writer.step().degraded, 30)
             known = list(writer.tokens)
             writer.write(PROMPT, len(known) - len(PROMPT) + 12)
-            expected = plain(family, known, 12, codecs={"s1": "int8", "s2": "int8"})
+            expected = plain(family, PROMPT, 12, known=known[len(PROMPT) :], codecs={"s1": "int8", "s2": "int8"})
             assert writer.tokens[len(known) : len(known) + 12] == expected
 
 

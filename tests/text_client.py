@@ -65,20 +65,26 @@ def plain(
     count: int,
     sampling: Sampling = GREEDY,
     *,
+    known: Sequence[int] = (),
     exit: str = "cloud",
     codecs: dict[str, str] | None = None,
     device: str = "int8",
 ) -> list[int]:
-    """One token at a time through all layers up to an exit: what verified decoding must give too."""
+    """One token at a time through all layers up to an exit: what verified decoding must give too.
+
+    `known`: tokens that follow the prompt already. Computed at once they would round otherwise, and a tie may turn.
+    """
     chain = Chain(family, *family.manifest.exits[exit].segments, codecs=codecs, device=device)
     head = family.head()
-    tokens = list(prompt)
+    tokens = [*prompt, *known]
     normed = chain.feed(np.array(prompt))
-    while len(tokens) < len(prompt) + count:
+    for token in known:
+        normed = chain.feed(np.array([token]))
+    while len(tokens) < len(prompt) + len(known) + count:
         logits = head.run(normed[-1:])[0]
         tokens.append(choose(logits, sampling, len(tokens)).token)
         normed = chain.feed(np.array(tokens[-1:]))
-    return tokens[len(prompt) :]
+    return tokens[len(prompt) + len(known) :]
 
 
 def text_of(tiny: Path, prompt: str, broker: str = "", **options: Any) -> str:
