@@ -34,6 +34,8 @@ from kinflow_bench.throttle import Throttle
 
 # The share of a core that a busy server has left for one user.
 BUSY_SHARE = 0.25
+# Costs of a text of which nothing is drafted.
+WITHOUT_DRAFTS = ("layer_tokens_ratio", "passes_per_token", "bytes_up_per_token")
 # On a machine that others use too a pass may take long; a text that gives a server up would compare nothing.
 PATIENCE_S = 120.0
 
@@ -104,7 +106,8 @@ def run(
         certain, early = confident(
             device, references, asked[: extent.prompts], extent.tokens, shelf, extent.parallel, steps
         )
-        figures["confident"] = certain | costs(early, layers)
+        spent = costs(early, layers)
+        figures["confident"] = certain | {name: spent[name] for name in WITHOUT_DRAFTS}
         if extent.sampled:
             sampled = asked[: extent.sampled]
             figures["distribution"] = distribution(
