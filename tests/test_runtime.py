@@ -6,7 +6,6 @@ import io
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from itertools import repeat
@@ -25,6 +24,7 @@ from kinflow.runtime.report import Report
 from kinflow.runtime.sampler import Sampler
 from kinflow.runtime.service import Service
 from kinflow.runtime.sinks import Lines
+from kinflow.stopping import Stop
 from kinflow.testing import FakeDevice, answer
 
 GREY = Preprocess("L", 4, 4, [0.0], [1.0], "stretch")
@@ -192,9 +192,9 @@ def test_a_failing_sink_stops_neither_the_device_nor_the_others(caplog: pytest.L
     source = ListSource(3)
     with device, Sampler(source, 0) as sampler:
         service = Service("porch", device, sampler, [broken, whole])
-        assert service.run(threading.Event(), limit=2).answers == 2
+        assert service.run(Stop(), limit=2).answers == 2
         broken.error = None
-        service.run(threading.Event())
+        service.run(Stop())
     assert [len(broken.written), len(whole.written)] == [1, 3]
     said = [record.getMessage().split()[:2] for record in caplog.records]
     assert said == [["sink", "fails"], ["sink", "works"]]
@@ -208,7 +208,7 @@ def test_the_loop_counts_tiers_and_says_so_to_systemd(tmp_path: Path) -> None:
         systemd.settimeout(10)
         notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
         with notifier, device, Sampler(ListSource(2), 0) as sampler:
-            counts = Service("porch", device, sampler, [], notifier=notifier).run(threading.Event())
+            counts = Service("porch", device, sampler, [], notifier=notifier).run(Stop())
         said = [systemd.recv(200).decode() for _ in range(3)]
     assert counts.tiers == {"device": 1, "edge": 1}
     assert said[0].startswith("READY=1")
@@ -221,7 +221,7 @@ def test_a_camera_that_goes_silent_is_an_error() -> None:
     with FakeDevice(repeat(answer())) as device, Sampler(pipe.source, 0) as sampler:
         service = Service("porch", device, sampler, [], stall_s=0.2)
         with pytest.raises(SourceError, match="no frame for"):
-            service.run(threading.Event())
+            service.run(Stop())
     pipe.close()
 
 
@@ -230,4 +230,4 @@ def test_a_link_that_is_down_is_no_reason_to_end() -> None:
     sink = Breaking()
     sink.error = LinkLost("not connected")
     with FakeDevice([answer()]) as device, Sampler(ListSource(1), 0) as sampler:
-        assert Service("porch", device, sampler, [sink]).run(threading.Event()).answers == 1
+        assert Service("porch", device, sampler, [sink]).run(Stop()).answers == 1

@@ -23,6 +23,7 @@ from kinflow.link import Link
 from kinflow.messages import NodeStatus, Request, Served
 from kinflow.mqtt import Connection
 from kinflow.settings import BrokerSettings, DeviceSettings, ServerSettings, TlsSettings
+from kinflow.stopping import Stop
 from kinflow_edge.broker import Broker
 from kinflow_edge.server import Server
 from system_fixtures import LOOPBACK, copy_bundle, member_answer, running, sample_images
@@ -55,7 +56,7 @@ def server(tier: str, bundle: Path, tls: TlsSettings, **changes: object) -> Iter
         interfaces=[LOOPBACK],
         **changes,  # type: ignore[arg-type]
     )
-    stop = threading.Event()
+    stop = Stop()
     with Server(tier, settings) as made:  # type: ignore[arg-type]
         thread = threading.Thread(target=made.run, args=(stop, lambda: None))
         thread.start()

@@ -24,6 +24,7 @@ from kinflow.messages import NodeStatus, Reply, Request, Tier
 from kinflow.mqtt import BrokerAddress
 from kinflow.preprocess import Preprocessor
 from kinflow.settings import BrokerSettings, ServerSettings
+from kinflow.stopping import Stop
 from kinflow_edge.server import Server
 from system_fixtures import alive, copy_bundle, member_answer, sample_images, silent_broker
 
@@ -121,7 +122,7 @@ def settings(bundle: Path, **changes: Any) -> ServerSettings:
 def test_the_retained_status_tells_all_and_follows_the_work(kind: str, sure: Path) -> None:
     """Who comes later sees it too; it counts answers and refusals, and says offline at the end."""
     chosen = settings(sure, broker=BrokerSettings(kind=kind, port=0))
-    stop = threading.Event()
+    stop = Stop()
     with Server("edge", chosen) as server:
         loop = threading.Thread(target=server.run, args=(stop, lambda: None))
         loop.start()
@@ -288,7 +289,7 @@ def test_a_cloud_server_at_the_edges_broker_takes_only_its_own_tier(sure: Path) 
 def test_a_server_outlives_its_broker(kind: str, sure: Path) -> None:
     """The broker is killed under it: restarted, told, subscribed again, status renewed; then requests work."""
     restarted = threading.Event()
-    stop = threading.Event()
+    stop = Stop()
     with Server("edge", settings(sure, broker=BrokerSettings(kind=kind, port=0))) as server:
         loop = threading.Thread(target=server.run, args=(stop, restarted.set))
         # The kernel ends a broker with the thread that started it: as in the command, that is the main one.

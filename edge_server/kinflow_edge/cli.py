@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ import typer
 from kinflow import settings
 from kinflow.cli.bundles import choose_bundle
 from kinflow.messages import Tier
+from kinflow.stopping import on_signals
 from kinflow_edge.server import Server
 
 Bundles = Annotated[
@@ -90,9 +89,7 @@ def edge(
 
 def serve(tier: Tier, settings_file: Path | None, as_json: bool, **flags: Any) -> None:
     """Run a server until SIGTERM or Ctrl-C. Raises KinflowError when it cannot start."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = on_signals()
     chosen = settings.load(tier, settings.ServerSettings, settings_file, **flags)
     if not chosen.bundles:
         chosen = msgspec.structs.replace(chosen, bundles=[str(choose_bundle(None, None))])

@@ -6,7 +6,6 @@ import ipaddress
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from kinflow.messages import NodeStatus, State, Tier
 from kinflow.mqtt import BrokerAddress, Connection
 from kinflow.settings import ServerSettings
 from kinflow.signing import TrustedKeys
+from kinflow.stopping import Stop
 from kinflow.text.family import TextFamily
 from kinflow.text.manifest import TASK
 from kinflow.tls import Credentials, is_loopback, refuse_plain
@@ -169,7 +169,7 @@ class Server:
         """Its threads still turn: one that hangs does not come back by itself."""
         return self.workers.alive and time.monotonic() - self._turned_s < STUCK_S
 
-    def run(self, stop: threading.Event, on_broker_restart: Callable[[], None]) -> None:
+    def run(self, stop: Stop, on_broker_restart: Callable[[], None]) -> None:
         """Look after the broker, the self-test and the status until `stop` is set; then drain."""
         last_s, busy_s, state = time.monotonic(), self.workers.busy_s, self.state
         while not stop.wait(WATCH_INTERVAL_S):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +13,7 @@ import typer
 from kinflow import settings
 from kinflow.cli import flags
 from kinflow.cli.bundles import choose_bundle
+from kinflow.stopping import on_signals
 
 
 def device(
@@ -73,9 +72,7 @@ def device(
     )
     service = chosen.service
     family = Family.load(choose_bundle(Path(service.bundle) if service.bundle else None, None))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = on_signals()
     with ExitStack() as stack:
         board = stack.enter_context(BoardWatch()) if service.board else None
         opened = stack.enter_context(Device(family, chosen, strain=board))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kinflow.cli import flags, texts
+from kinflow.stopping import on_signals
 
 
 def serve(
@@ -71,9 +70,7 @@ def serve(
         serve__parallel=parallel,
         text__max_tokens=max_tokens,
     )
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = on_signals()
     named = Path(chosen.serve.bundle) if chosen.serve.bundle else None
     with (
         texts.opened(named, None, chosen, wait) as device,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from kinflow.runtime.notify import Notifier
 from kinflow.runtime.report import Report
 from kinflow.runtime.sampler import Sampler
 from kinflow.runtime.sinks import Sink
+from kinflow.stopping import Stop
 from kinflow.testing import InferenceDevice
 
 log = logging.getLogger("kinflow.runtime")
@@ -54,7 +54,7 @@ class Service:
         self._failing: set[Sink] = set()
         self.counts = Counts()
 
-    def run(self, stop: threading.Event, limit: int | None = None) -> Counts:
+    def run(self, stop: Stop, limit: int | None = None) -> Counts:
         """Until `stop`, the source's end, or `limit` answers.
 
         Raises SourceError when no frame came for `stall_s`, and what the source or the device's own graph raises:
