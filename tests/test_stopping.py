@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 
 from kinflow.stopping import Stop
 
 TRIES = 10
 SPINNING = """
-import signal
 from kinflow.stopping import on_signals
 
 stop = on_signals()
@@ -39,6 +39,7 @@ def test_a_signal_ends_it_whatever_the_thread_is_at() -> None:
             try:
                 assert process.stdout is not None
                 assert process.stdout.readline()
+                time.sleep(0.005)  # it spins by then
                 process.terminate()
                 assert process.wait(20) == 0
             finally:
