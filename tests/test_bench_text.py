@@ -21,7 +21,7 @@ from kinflow_bench import breakeven
 from kinflow_bench.breakeven import Measured, Speeds
 from kinflow_bench.confident import confident
 from kinflow_bench.generate import costs
-from kinflow_bench.identity import References, first_difference, generate, p_value
+from kinflow_bench.identity import Bench, References, first_difference, generate, p_value
 from kinflow_bench.progress import progress
 from kinflow_bench.shelf import Shelf
 from kinflow_bench.throttle import Throttle
@@ -88,7 +88,7 @@ def test_disagreement_is_of_tokens_that_left_early(tmp_path: Path) -> None:
     with TextDevice.open(tmp_path, DeviceSettings(offload=False)) as device:
         said = {tuple(prompt): [token.id for token in generate(device, prompt, 16, "confident")[0]] for prompt in asked}
         with progress("texts", 2, quiet=True) as steps:
-            figures, summaries = confident(device, references, asked, 16, Shelf(None), 1, steps)
+            figures, summaries = confident(Bench(device, references, Shelf(None), 1, steps), asked, 16)
     largest = references.by_mode["exact"]
     texts = [(list(prompt), text) for prompt, text in said.items()]
     theirs = [int(largest.logits([*prompt, *text[:at]]).argmax()) for prompt, text in texts for at in range(len(text))]

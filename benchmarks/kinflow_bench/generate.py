@@ -24,7 +24,7 @@ from kinflow.text.sampling import GREEDY
 from kinflow.text.summary import Mode, Summary
 from kinflow_bench import breakeven
 from kinflow_bench.confident import confident
-from kinflow_bench.identity import References, compare, distribution, generate
+from kinflow_bench.identity import Bench, References, compare, distribution, generate
 from kinflow_bench.progress import Steps
 from kinflow_bench.prompts import prompts
 from kinflow_bench.reference import Reference, Text
@@ -76,7 +76,6 @@ def run(
 ) -> dict[str, Any]:
     """`state`: keeps what is compared, to go on from. `plot`: gets the break-even."""
     family = TextFamily.load(bundle)
-    shelf = Shelf(state)
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet([bundle]))
         server = fleet.start("edge", "--member", family.manifest.last_exit(), "--no-advertise")
@@ -90,10 +89,8 @@ def run(
         asked = [device.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         usual_ms = sorted(extent.round_trips_ms)[len(extent.round_trips_ms) // 2]
         proxy.shape = Shape(delay_s=usual_ms / 2e3)
-        references = References(family)
-        figures, summaries = compare(
-            device, references, asked[: extent.prompts], extent.tokens, shelf, extent.parallel, steps
-        )
+        bench = Bench(device, References(family), Shelf(state), extent.parallel, steps)
+        figures = _untimed(bench, asked, extent)
         figures["conditions"] = {
             "round_trip_ms": usual_ms,
             "texts_side_by_side": extent.parallel,
@@ -101,24 +98,25 @@ def run(
             "exact_by": "float16 features",
             "server": "one process with all upper layers",
         }
-        layers = family.manifest.layers
-        figures |= costs(summaries["family"], layers) | {"exact": costs(summaries["exact"], layers)}
-        certain, early = confident(
-            device, references, asked[: extent.prompts], extent.tokens, shelf, extent.parallel, steps
-        )
-        spent = costs(early, layers)
-        figures["confident"] = certain | {name: spent[name] for name in WITHOUT_DRAFTS}
-        if extent.sampled:
-            sampled = asked[: extent.sampled]
-            figures["distribution"] = distribution(
-                device, references, sampled, extent.samples, shelf, extent.parallel, steps
-            )
         if extent.timed:
             largest = stack.enter_context(Largest(bundle))
             # Spread over all: neighbours ask about the same thing.
             timed = [asked[place] for place in np.linspace(0, len(asked) - 1, extent.timed).astype(int)]
-            bench = Timing(device, server, proxy, largest, timed, extent, layers, steps)
-            figures |= bench.run(plot)
+            timing = Timing(device, server, proxy, largest, timed, extent, family.manifest.layers, steps)
+            figures |= timing.run(plot)
+    return figures
+
+
+def _untimed(bench: Bench, asked: Sequence[list[int]], extent: Extent) -> dict[str, Any]:
+    """Whether texts are what they promise to be, and what of them does not hang on the link."""
+    layers, compared = bench.device.family.manifest.layers, asked[: extent.prompts]
+    figures, summaries = compare(bench, compared, extent.tokens)
+    figures |= costs(summaries["family"], layers) | {"exact": costs(summaries["exact"], layers)}
+    certain, early = confident(bench, compared, extent.tokens)
+    spent = costs(early, layers)
+    figures["confident"] = certain | {name: spent[name] for name in WITHOUT_DRAFTS}
+    if extent.sampled:
+        figures["distribution"] = distribution(bench, asked[: extent.sampled], extent.samples)
     return figures
 
 

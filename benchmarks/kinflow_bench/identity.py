@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from kinflow_bench.progress import Steps
 from kinflow_bench.reference import Reference
 from kinflow_bench.shelf import Shelf
 
+Item = TypeVar("Item")
 Promise = Literal["exact", "family"]
 PROMISES: tuple[Promise, ...] = ("exact", "family")
 TRIES = 3
@@ -43,34 +45,45 @@ class References:
         """Names the bundle on the shelf."""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What texts are made and compared with."""
+
+    device: TextDevice
+    references: References
+    shelf: Shelf
+    parallel: int
+    """Texts side by side."""
+    steps: Steps
+
+    def each(self, one: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[Any]:
+        """What `one` makes of each, in order; every one is a step."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            for made in pool.map(one, items):
+                self.steps.advance()
+                yield made
+
+
 def compare(
-    device: TextDevice,
-    references: References,
-    asked: Sequence[list[int]],
-    tokens: int,
-    shelf: Shelf,
-    parallel: int,
-    steps: Steps,
+    bench: Bench, asked: Sequence[list[int]], tokens: int
 ) -> tuple[dict[str, Any], dict[Promise, list[Summary]]]:
-    """Greedy texts after each prompt, `parallel` of them side by side; and what the generated ones cost."""
+    """Greedy texts after each prompt; and what the generated ones cost."""
 
     def both(prompt: list[int]) -> dict[Promise, Any]:
-        return {mode: _one(device, references, prompt, tokens, mode, shelf) for mode in PROMISES}
+        return {mode: _one(bench, prompt, tokens, mode) for mode in PROMISES}
 
     rows: list[dict[Promise, Any]] = []
     equal = dict.fromkeys(PROMISES, 0)
     differences: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(parallel) as pool:
-        for number, row in enumerate(pool.map(both, asked)):
-            rows.append(row)
-            for mode in PROMISES:
-                at = row[mode]["differs_at"]
-                equal[mode] += at is None
-                if at is not None:
-                    differences.append({"mode": mode, "prompt": number, "at": at, "margin": row[mode]["margin"]})
-            counts = ", ".join(f"{mode} {count}" for mode, count in equal.items())
-            steps.advance()
-            steps.say(f"text {number + 1} of {len(asked)}: equal so far {counts}")
+    for number, row in enumerate(bench.each(both, asked)):
+        rows.append(row)
+        for mode in PROMISES:
+            at = row[mode]["differs_at"]
+            equal[mode] += at is None
+            if at is not None:
+                differences.append({"mode": mode, "prompt": number, "at": at, "margin": row[mode]["margin"]})
+        counts = ", ".join(f"{mode} {count}" for mode, count in equal.items())
+        bench.steps.say(f"text {number + 1} of {len(asked)}: equal so far {counts}")
     summaries = {mode: [msgspec.convert(row[mode]["summary"], Summary) for row in rows] for mode in PROMISES}
     figures = {
         "generations": len(asked),
@@ -82,9 +95,8 @@ def compare(
     return figures, summaries
 
 
-def _one(
-    device: TextDevice, references: References, prompt: list[int], tokens: int, mode: Promise, shelf: Shelf
-) -> dict[str, Any]:
+def _one(bench: Bench, prompt: list[int], tokens: int, mode: Promise) -> dict[str, Any]:
+    references, shelf = bench.references, bench.shelf
     about = [references.family, prompt, tokens, mode]
 
     def plain() -> dict[str, Any]:
@@ -92,7 +104,7 @@ def _one(
         return {"tokens": text.tokens, "margins": text.margins}
 
     def generated() -> dict[str, Any]:
-        said, summary = generate(device, prompt, tokens, mode)
+        said, summary = generate(bench.device, prompt, tokens, mode)
         return {"tokens": [token.id for token in said], "summary": msgspec.to_builtins(summary)}
 
     reference = shelf.get(["reference", *about], plain)
@@ -124,19 +136,12 @@ def first_difference(generated: Sequence[int], reference: Sequence[int], stop_to
     return next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(generated), len(wanted)))
 
 
-def distribution(
-    device: TextDevice,
-    references: References,
-    asked: Sequence[list[int]],
-    samples: int,
-    shelf: Shelf,
-    parallel: int,
-    steps: Steps,
-) -> dict[str, Any]:
+def distribution(bench: Bench, asked: Sequence[list[int]], samples: int) -> dict[str, Any]:
     """Chi-square of sampled tokens against the reference's own distribution, by mode and prompt.
 
     Each sample is the first token of a text of two: a draft for it goes up with the prompt.
     """
+    references = bench.references
     found: dict[str, list[float]] = {}
     for mode in PROMISES:
         for number, prompt in enumerate(asked):
@@ -145,18 +150,14 @@ def distribution(
 
             def sample(seed: int, prompt: list[int] = prompt, mode: Promise = mode) -> int:
                 def token() -> int:
-                    said, _ = generate(device, prompt, 2, mode, temperature=TEMPERATURE, seed=seed)
+                    said, _ = generate(bench.device, prompt, 2, mode, temperature=TEMPERATURE, seed=seed)
                     return said[0].id if said else -1
 
-                return int(shelf.get(["sample", references.family, prompt, mode, TEMPERATURE, seed], token))
+                return int(bench.shelf.get(["sample", references.family, prompt, mode, TEMPERATURE, seed], token))
 
-            with ThreadPoolExecutor(parallel) as pool:
-                drawn = []
-                for value in pool.map(sample, range(samples)):
-                    drawn.append(value)
-                    steps.advance()
+            drawn = list(bench.each(sample, range(samples)))
             found.setdefault(mode, []).append(p_value(drawn, weights / weights.sum(), references.stop_tokens))
-            steps.say(f"samples of prompt {number + 1} of {len(asked)}, {mode}: p = {found[mode][-1]:.3f}")
+            bench.steps.say(f"samples of prompt {number + 1} of {len(asked)}, {mode}: p = {found[mode][-1]:.3f}")
     tests = sum(len(values) for values in found.values())
     smallest = min(min(values) for values in found.values())
     # So many tests: one of them is below 1% by chance more often than a single one would be (Bonferroni).

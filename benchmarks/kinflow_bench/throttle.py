@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from kinflow import children
@@ -50,14 +51,8 @@ def main(pid: int, share: float) -> None:
     except ProcessLookupError:
         return
     finally:
-        _go_on(pid)
-
-
-def _go_on(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGCONT)
-    except ProcessLookupError:
-        return
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 if __name__ == "__main__":
